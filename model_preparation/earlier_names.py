@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _PACKAGE = "model_preparation."
-# {path in 0.2: (path now, {name of a renamed function in 0.2: its name now})}
+# {path in 0.2: (path now, {a function's name in 0.2: its name now, if it has another})}
 _NOW: dict[str, tuple[str, dict[str, str]]] = {
     "batch.jobs": ("jobs.jobs", {}),
     "comparison.compare": ("evaluation.compare.compare", {}),
@@ -46,7 +46,7 @@ class EarlierNames:
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__.removeprefix(_PACKAGE) in _NOW:
             path, names = _NOW[module.__name__.removeprefix(_PACKAGE)]
-            message = f"{module.__name__} is {_PACKAGE}{path} since version 0.3; version 0.6 removes the old path."
+            message = f"{module.__name__} is now {_PACKAGE}{path}. Version 0.6 will remove the old path."
             warnings.warn(message, FutureWarning, stacklevel=2)
             now = importlib.import_module(_PACKAGE + path)
             module.__dict__["__getattr__"] = lambda name: getattr(now, names.get(name) or name)

@@ -49,7 +49,7 @@ class StoredShard:
 
     @classmethod
     def of(cls, path: Path, digest: str, tensors: dict[str, str]) -> "StoredShard":
-        """The record of the file as it is now, with these digests."""
+        """Describe the file at `path`: its size and times now, and the given digests."""
         stat = path.stat()
         return cls(stat.st_size, digest, stat.st_mtime_ns, stat.st_ino, tensors)
 

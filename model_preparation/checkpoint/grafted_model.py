@@ -24,12 +24,13 @@ def grafted_config(
     *,
     kept: Collection[int] = (),
 ) -> "LlambaConfig":
-    """The base's config with the settings of the donor's attention, and with the grafted layers and heads.
+    """The base's config with the settings of the donor's layers, and with the grafted layers and heads.
 
     The layers in `kept` are already grafted in `base`, and keep their settings.
 
     Raises:
-        SurgeryError: if donors differ in a setting that a model has only once, or a donor cannot give single heads.
+        SurgeryError: if donors differ in a setting that all grafted layers share, or single heads of the donor cannot
+            be grafted.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
@@ -38,7 +39,7 @@ def grafted_config(
     fields.pop("_name_or_path", None)  # a path of this machine
     fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
-    # Some bases' configs lack this field. It is always set, so that model.pt has the same bytes for all of them.
+    # Some copies of a base's config lack this field. It is always set, so that both give the same bytes of model.pt.
     fields["label2id"] = {label: int(index) for index, label in fields.get("id2label", {}).items()}
     fields["llama_layers"] = list(layers)
     fields["llama_heads"] = {str(index): list(layer_heads) for index, layer_heads in heads.items()}
@@ -54,7 +55,12 @@ def grafted_config(
         config = donor.config_of(index)
         own = KINDS[config.model_type].settings(config)
         if differing := {name: value for name, value in own.items() if value != fields["llama_cfg"].get(name)}:
-            if config.model_type != fields.get("donor_type", "llama") or not differing.keys() <= {*OF_EACH_DONOR}:
+            if config.model_type != (first := fields.get("donor_type", "llama")):
+                raise SurgeryError(
+                    f"The donor of layer {index} is a {config.model_type} model, but the first donor is a {first} "
+                    f"model, with another {', '.join(differing)}. Give another donor."
+                )
+            if not differing.keys() <= {*OF_EACH_DONOR}:
                 raise SurgeryError(
                     f"The donor of layer {index} has other settings than the first donor: {', '.join(differing)}. "
                     f"Layers of one model may differ in {', '.join(OF_EACH_DONOR)} only: give another donor."

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-_DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # in upstream's configs, in Hugging Face's
+_DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # in Cartesia's configs of Llamba, in transformers' configs
 
 
 def type_and_depth(folder: Path) -> tuple[str, int]:
-    """(model_type, number of layers) of a model folder. transformers is imported only if config.json lacks the number.
+    """(model_type, number of layers) of a model folder. transformers is imported only if the number is unclear.
 
     Raises:
         SurgeryError: as `read_config` does.
@@ -141,7 +141,7 @@ def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
             shapes[f"{name}.bias"] = shape[:1]
     if ssm["conv_bias"]:
         shapes["mixer.conv1d.bias"] = (conv_dim,)
-    if not ssm["bias"]:  # with biases, in_proj has the bias of z
+    if not ssm["bias"]:  # in_proj has no bias, so z has its own
         shapes["mixer.z_bias"] = (d_inner,)
     return shapes
 

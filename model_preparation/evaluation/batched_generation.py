@@ -1,8 +1,8 @@
-"""Generate texts for many prompts at once, always with the likeliest token: the texts of `generate` in less time.
+"""Greedy generation for many prompts at once: the texts of transformers' `generate`, in less time.
 
 The model first reads a few prompts at a time, with little or no padding. Then it writes all texts together. A row
-leaves the batch when its text is complete. lm-eval itself pads all prompts, and writes until every text of the
-batch contains one and the same stop sequence.
+leaves the batch when its text is complete. lm-eval's own loop is slower: it pads all prompts to one length, and goes on
+until all texts of the batch contain the same stop sequence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _PLAIN = {"do_sample": False, "temperature": 0.0}
 
 
 def can_write(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
-    """Whether `write` supports the model's type and its own generation settings, and these settings of lm-eval."""
+    """Whether `write` supports the model's type, its generation_config, and `settings`, which lm-eval asks for."""
     asked = {name: value for name, value in settings.items() if name not in ("until", "max_gen_toks")}
     own = model.generation_config.to_diff_dict()
     harmless = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "max_length", "use_cache"}
@@ -79,7 +79,7 @@ def write(
 
 
 def _read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], read_at_once: int) -> tuple[Tensor, Tensor, Cache]:
-    """Read the prompts. Returns the logits after each, (rows, vocabulary), the mask, (rows, longest), and the cache."""
+    """Read the prompts. Returns logits after each prompt (rows, vocabulary), mask (rows, longest prompt) and cache."""
     found = []
     start = 0
     while start < len(prompts):
@@ -94,7 +94,7 @@ def _read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], read_at_once
 
 
 def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-    """Run `ids`, the newest tokens. Returns the logits after the last one, (rows, vocabulary), and the cache."""
+    """Run `ids`, the tokens that the cache lacks. Returns logits after the last one (rows, vocabulary), and cache."""
     found = model(
         input_ids=ids,
         attention_mask=mask,

@@ -27,7 +27,7 @@ class ResumableLM(LM):
     """An lm-eval model that keeps its answers per task.
 
     Args:
-        load: makes the real model. Its argument is a function to call with the number of requests just answered.
+        load: makes the real model. It gets a function that the model calls with the number of requests just answered.
         results: the folder for the records of answers; None keeps nothing.
 
     Attributes:
@@ -86,7 +86,7 @@ class ResumableLM(LM):
             indices.setdefault(str(request.task_name), []).append(index)
         by_task = {task: [requests[index] for index in places] for task, places in indices.items()}
         if self._results is not None:
-            # lm-eval's samples files need a little more space than the texts of the requests.
+            # lm-eval's samples files will hold at least the texts of the requests. Refuse if even these do not fit.
             arguments = [argument for request in requests for argument in request.args if isinstance(argument, str)]
             check_space(self._results.folder, sum(len(argument.encode()) for argument in arguments))
         answers: list[Any] = [None] * len(requests)
@@ -110,7 +110,7 @@ class ResumableLM(LM):
         return answers
 
     def _kept(self, kind: str, task: str, requests: list[Instance]) -> dict[str, Any]:
-        """The record of a task. Missing answers are None: all of them in a new record, some after a killed run."""
+        """The record of a task. An answer that is missing is None: in a new record, every one."""
         new = {"task": task, "requests": _digest(requests), "seconds": 0.0, "truncated": 0}
         record = None if self._results is None else self._results.read_record(f"{kind}.{task}")
         if record is None or record["requests"] != new["requests"] or len(record["answers"]) != len(requests):
@@ -152,7 +152,7 @@ def _digest(requests: Sequence[Instance]) -> str:
 
 
 def _check_finite(task: str, requests: Sequence[Instance], answers: Sequence[Any]) -> None:
-    """Refuse NaN and infinity: lm-eval would count them, and a broken model would get the score of guessing."""
+    """Refuse NaN and infinity: lm-eval would score them, and a broken model would seem to guess at random."""
     for request, answer in zip(requests, answers, strict=True):
         if not math.isfinite(answer[0] if isinstance(answer, tuple | list) else answer):
             raise SurgeryError(

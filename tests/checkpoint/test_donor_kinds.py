@@ -323,3 +323,15 @@ def test_names_and_shapes_of_the_published_models(name, tensors, parameters, tmp
     assert len(wanted) == tensors
     assert sum(map(math.prod, wanted.values())) == parameters
     assert set(config.layer_types) == {"full_attention"}
+
+
+def test_donors_of_two_kinds_are_named(base_dir, layers_dir, tmp_path):
+    """Even if their settings differ only in what donors of one kind may differ in."""
+    kind = KINDS["mistral"]
+    config = kind.transformers_class("Config")(**donor_fields(kind, rms_norm_eps=1e-3, tie_word_embeddings=False))
+    seeded(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "mistral")
+    make_tokenizer().save_pretrained(tmp_path / "mistral")
+    extract_layers(str(tmp_path / "mistral"), tmp_path / "layers")
+    build_checkpoint(str(base_dir), [1], layers_dir, tmp_path / "first")
+    with pytest.raises(SurgeryError, match="donor of layer 3 is a mistral model, but the first donor is a llama model"):
+        build_checkpoint(str(tmp_path / "first"), [3], tmp_path / "layers", tmp_path / "second")

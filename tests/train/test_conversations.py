@@ -170,15 +170,24 @@ def test_what_the_template_does_not_give_is_said(tmp_path):
         load(data, tokenizer_with(None))
     for template, words in (
         (CHATML.replace("{% for", "{{ raise_exception('no talk.') }}{% for", 1), "no talk. Correct the row, or give"),
-        (TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "it writes message 2 differently"),
+        (
+            TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""),
+            "it does not show where message 2 is",
+        ),
         ("{% for m in range(10 ** 9) %}x{% endfor %}", "Range too big"),
-        ("Hello", "it writes message 2 differently"),
+        ("Hello", "it does not show where message 2 is"),
+        (BRACKETS.replace("m.content | trim", "m.content | upper"), "it does not show where message 2 is"),
         ("{% for", r"it is no Jinja template \(line 1: "),
     ):
-        with pytest.raises(SurgeryError, match=rf"chat template cannot be used for line 1 of .*a\.jsonl: .*{words}"):
+        with pytest.raises(
+            SurgeryError, match=rf"chat template cannot be used for line 1 of .*a\.jsonl: .*{words}"
+        ) as e:
             load(data, tokenizer_with(template))
+        assert str(e.value).count("Give") + str(e.value).count("Correct") <= 1  # one piece of advice
     only_asked = write_rows(tmp_path / "b.jsonl", {"messages": [USER]})
-    with pytest.raises(SurgeryError, match=r"line 1 of .*b\.jsonl: it has no turn of the assistant. .*--loss_on all"):
+    with pytest.raises(
+        SurgeryError, match=r"line 1 of .*b\.jsonl: the conversation has no turn of the assistant. .*--loss_on all"
+    ):
         load(only_asked, tokenizer_with(CHATML))
     assert len(load(only_asked, tokenizer_with(CHATML), loss_on="all")) == 1
 

@@ -335,7 +335,7 @@ def test_positions_of_no_weight_do_not_count(donor_dir, tmp_path):
         (["--layers", 9], ["Layer 9 is out of range", "0 to 3"]),
         (["--n_qk_heads", 3], ["These mixer sizes do not fit: ssm_cfg: n_qk_heads 3 does not divide"]),
         (["--sequence_length", 513], ["513 tokens are too long", "512", "config.json"]),
-        (["--tokens", 10**15], ["1,000,000,000,000,000 tokens, width 32", "256.0 PB", "fewer --tokens"]),
+        (["--tokens", 10**15], ["1,000,000,000,000,000 tokens, width 32", "256.0 PB", "--memory_limit 128000000 also"]),
         (["--data", "short.txt"], ["has 4 tokens", "two sequences of 512"]),
         (["--data", "bad.jsonl"], ["bad.jsonl", 'line 2 has no field "text" with a string']),
         (["--data", "."], ["bad.jsonl"]),

@@ -82,9 +82,9 @@ def test_two_then_one_then_two_processes_are_the_same_run(slow_flags, tmp_path):
     run_until(args, 2, 0, processes=2)
     two = newest_state(tmp_path / "out")
     text = run_until(args, two.steps + 2, 0)[1]
-    words = f"Processes: 1 instead of 2. So step {two.steps} is now step {two.steps}, after the same"
+    words = f"The {8 * two.steps} sequences seen so far were {two.steps} steps, and count as {two.steps} steps now."
     step = "Each step has 8 sequences, in 4 forward passes of each process. The last step is step 6."
-    assert f"{words} {8 * two.steps} sequences. {step}" in text
+    assert f"{words} {step}" in text
     assert newest_state(tmp_path / "out").info["world_size"] == 1
     code, text = run_until(args, processes=2)
     assert code == 0
@@ -115,14 +115,16 @@ def test_where_a_step_cannot_stay_the_same_sequences_it_is_converted(slow_flags,
     run_until(args, 3, 0)
     one = newest_state(tmp_path / "out")
     text = run_until(args, one.steps // 2 + 2, 0, processes=2)[1]
-    words = f"Processes: 2 instead of 1. So step {one.steps} is now step {one.steps // 2}, after the same"
-    assert f"{words} {2 * one.steps} sequences. Each step has 4 sequences" in text
+    words = (
+        f"The {2 * one.steps} sequences seen so far were {one.steps} steps, and count as {one.steps // 2} steps now."
+    )
+    assert f"{words} Each step has 4 sequences" in text
     two = newest_state(tmp_path / "out")
     # Half a step of two processes that one had done is not done twice.
     assert two.sequences_seen == 4 * two.steps + 2 * one.steps % 4
     code, text = run_until(args)
     assert code == 0
-    assert f"Processes: 1 instead of 2. So step {two.steps} is now step {two.sequences_seen // 2}," in text
+    assert f"were {two.steps} steps, and count as {two.sequences_seen // 2} steps now." in text
     assert seen(tmp_path / "out") == 24
 
 

@@ -109,7 +109,7 @@ def test_what_is_half_written_is_skipped_and_named(heal, healed, tmp_path):
     (states / "checkpoint-8.partial" / ".held_by").write_text("{}")
     result = heal(tmp_path / "out")
     for name in ("checkpoint-6", "checkpoint-8.partial"):
-        assert f"{states / name} is damaged, or incomplete because its run was killed: it is skipped." in result.stdout
+        assert f"{states / name} is damaged, or incomplete because its run was killed: it is not used" in result.stdout
     assert f"Resuming from {states / 'checkpoint-4'}" in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
     names = sorted(path.name for path in states.iterdir())

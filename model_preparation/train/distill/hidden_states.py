@@ -1,7 +1,7 @@
 """The donor's hidden states, moved forward layer by layer, in memory or in a memory-mapped file.
 
-The file of the states that enter a layer appears whole, and then the file for the previous layer is removed. So a
-killed run resumes from the file that is left.
+Each layer has a file of the states that enter it. When this file is complete, it gets its name, and the file of the
+previous layer is removed. So a killed run resumes from the file that is left.
 """
 
 import math
@@ -29,7 +29,7 @@ class HiddenStates:
         tokens: (sequences, length) int64.
         folder: for files of states; only one run at a time uses it. None keeps the states in memory.
         wanted: the first layer whose states are needed. If `folder` has a file for this layer, or for an earlier one,
-            the states are read from the latest such file.
+            the states are read from the file with the highest number.
 
     Attributes:
         values: (sequences, length, width) float32, on the CPU.
@@ -99,12 +99,13 @@ def states_bytes(tokens: int, config: PreTrainedConfig) -> int:
 
 
 def check_room(folder: Path, tokens: int, config: PreTrainedConfig, kept: Iterable[Path]) -> None:
-    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers. `kept`: existing files."""
+    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers. `kept` are files there."""
     needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
     free_bytes = shutil.disk_usage(existing_parent(folder)).free
     if needed_bytes > free_bytes:
         raise SurgeryError(
             f"The hidden states of {tokens:,} tokens, width {config.hidden_size}, are kept on the disk and need "
             f"{decimal(needed_bytes)} in {folder}, but only {decimal(free_bytes)} are free there. Give fewer --tokens, "
-            "or an --output_dir on a larger disk. If half of that fits into memory, a larger --memory_limit also helps."
+            "or an --output_dir on a larger disk. If the memory is large enough, --memory_limit "
+            f"{math.ceil(states_bytes(tokens, config) / 1e9)} also helps."
         )

@@ -195,7 +195,7 @@ def _read(data: str | Path, work: WorkFolder, donor_folder: Path) -> Tensor:
 
 
 def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
-    """Let the donor write text, (sequences, length) int64. Each batch is saved as soon as it is complete."""
+    """The tokens that the donor writes, (sequences, length) int64. Each complete batch is saved to the disk."""
     asked = work.settings()
     length = asked["sequence_length"]
     sequences = max(2, -(-asked["tokens"] // length))

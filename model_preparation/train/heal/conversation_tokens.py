@@ -1,7 +1,8 @@
 """Turns conversations into tokens with a chat template, and finds the tokens to learn.
 
-If the template has generation tags, the tags mark the assistant's words. Otherwise the template renders the messages
-before a turn, then the same messages and the turn. The turn's text is what the second rendering adds.
+If the template has generation tags that mark text, this text is the assistant's. Otherwise the template renders the
+messages before a turn, with the generation prompt, and then the messages up to the turn. The turn's text is what the
+second text adds to the first.
 """
 
 import json
@@ -18,9 +19,10 @@ from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.untrusted_tokenizer import within_limits
 from model_preparation.train.conversations import Conversation, Message
 
-NOT_COUNTED = -100  # the label of tokens that do not count: they are not learned (the same as in transformers)
+NOT_COUNTED = -100  # the label of tokens that are not learned, here as in transformers
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _AT_ONCE = 64  # conversations that one child process renders
+_MARK_OR_LEARN_ALL = "Put {% generation %} around the assistant's words in the template, or give --loss_on all."
 
 Span = tuple[int, int]
 
@@ -33,7 +35,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
         loss_on: "assistant" for every turn of the assistant, "completion" for its last turn, "all" for all tokens.
 
     Raises:
-        SurgeryError: for a conversation that the template refuses, or in which no token would be learned.
+        SurgeryError: for a conversation that the template refuses, or in which no token would be learned; for a
+            tokenizer without tokenizer.json.
     """
     if not tokenizer.is_fast:
         raise SurgeryError("The tokenizer has no tokenizer.json, so the tokens' places in a text are unknown. Add one.")
@@ -81,12 +84,18 @@ def _rendered(
                 return text, [(0, len(text))], ""
             turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
             if not turns:
-                return text, [], "it has no turn of the assistant. Leave the row out, or give --loss_on all."
+                return (
+                    text,
+                    [],
+                    "the conversation has no turn of the assistant. Leave the row out, or give --loss_on all.",
+                )
             turns = turns[-1:] if loss_on == "completion" else turns
             if not spans:
-                spans = [
-                    _turn(text, messages, index, lambda *args, **more: render(*args, **more)[0]) for index in turns
-                ]
+                for index in turns:
+                    span = _turn(text, messages, index, lambda *args, **more: render(*args, **more)[0])
+                    if span is None:
+                        return text, [], f"it does not show where message {index + 1} is. {_MARK_OR_LEARN_ALL}"
+                    spans.append(span)
             elif loss_on == "completion":
                 begin = len(render(messages[: turns[-1]])[0])
                 spans = [span for span in spans if span[1] > begin]
@@ -103,18 +112,18 @@ def _rendered(
         return [("", [], f"{error}. Give another template by --chat_template FILE.") for _ in conversations]
 
 
-def _turn(text: str, messages: list[Message], index: int, render: Callable[..., str]) -> Span:
-    """The place of message `index`, a turn of the assistant, in `text`: all messages as the template renders them."""
+def _turn(text: str, messages: list[Message], index: int, render: Callable[..., str]) -> Span | None:
+    """Where message `index`, a turn of the assistant, is in `text`, the rendering of all messages.
+
+    None if the template changes the message, or renders the beginning otherwise when other messages follow.
+    """
     before, prompt = render(messages[:index]), render(messages[:index], add_generation_prompt=True)
     after = render(messages[: index + 1])
     begin = len(prompt)
-    if prompt == before:  # without a prompt for the answer, a turn begins with the role's name, which is not learned
+    if prompt == before:  # no generation prompt: a turn begins with the role's name, which is not learned
         begin = after.find(messages[index]["content"].strip(), begin)
     if begin < 0 or not after.startswith(prompt) or not text.startswith(after):
-        raise ValueError(
-            f"it writes message {index + 1} differently when other messages follow, or leaves messages out, so the "
-            "assistant's tokens are not known. Put {% generation %} around them in the template, or give --loss_on all"
-        )
+        return None
     return begin, len(after)
 
 

@@ -58,7 +58,7 @@ def healing_record(
 
 
 def scores(eval_loss: float | None, mmlu_score: float | None) -> dict[str, float | None]:
-    """Held-out loss in nats per token, its exponential, and the MMLU score. Values that are not known are None."""
+    """Held-out loss in nats per token, its exponential, and the MMLU score. Unknown values are None."""
     perplexity = None if eval_loss is None or eval_loss > 700 else math.exp(eval_loss)
     return {"eval_loss": eval_loss, "perplexity": perplexity, "mmlu_score": mmlu_score}
 

@@ -58,7 +58,7 @@ class Run:
         state: the state to resume from, or None.
         identity: fields that every state of the run has: `parent`, `data`, `model_args`, `run_id`, `inputs`, `texts`
             and `started_world_size`.
-        sources: where each named model is, as `resolve(overrides=...)` takes it.
+        sources: {model's name: its folder or hub id}, the `overrides` of `hub.sources.resolve`.
         say: prints, in the main process only.
     """
 
@@ -93,7 +93,7 @@ class Run:
             return self.with_adapter(model)
         config, method = model.config, self.settings.method
         prefixes = tuple(f"backbone.layers.{index}." for index in trained_layers(config, method))
-        if method == "grafted":  # if only heads of a layer are grafted, its mixer is not trained
+        if method == "grafted":  # of a layer with grafted heads, only these heads are trained
             prefixes = donor_prefixes(config.llama_layers, config.llama_heads)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(method == "full" or name.startswith(prefixes))
@@ -107,7 +107,11 @@ class Run:
     def load_data(
         self, data: str, tokenizer: PreTrainedTokenizerBase, processes: PartialState, states: Path, device: str
     ) -> tuple[Sequences, Sequences | None]:
-        """The training and held-out sequences. Notes them in `identity`; SurgeryError if the state has noted others."""
+        """The training and held-out sequences. Their digests go into `identity`.
+
+        Raises:
+            SurgeryError: if the state that is resumed has other digests, or a setting has no effect on `data`.
+        """
         settings = self.settings
         place = data
         if data == SELF:
@@ -137,11 +141,13 @@ class Run:
             "held_out_blake3": None if held_out is None else held_out.digest(),
         }
         before = self.identity.get("data", described)
-        if any(before[name] != described[name] for name in ("blake3", "held_out_blake3")):
+        changed = [name for name in ("blake3", "held_out_blake3") if before[name] != described[name]]
+        if changed:
             assert self.state is not None
+            text = f"The held-out text {settings.eval_data or data}" if changed == ["held_out_blake3"] else data
             raise SurgeryError(
-                f"{data} gives other sequences than {self.state.folder} was trained on ({described['sequences']} now, "
-                f"{before['sequences']} there). Give the same text, or start again in another --output_dir."
+                f"{text} has other sequences than the run of {self.state.folder} began with. Give the same text, or "
+                "start again in another --output_dir."
             )
         self.identity["data"] = described
         return train, held_out
@@ -196,7 +202,7 @@ class Run:
 
 
 def in_memory(model: LlambaForCausalLM) -> LlambaForCausalLM:
-    """Copy the parameters into memory: they are mapped from the parent's file, which must not change."""
+    """Copy the parameters into memory. They were mapped from the parent's file, which must not change."""
     for parameter in model.parameters():  # tied ones appear once
         parameter.data = parameter.data.clone()
     return model
@@ -220,7 +226,7 @@ def begin_or_resume(
         states: the folder of the run's states.
         given: fields of `HealSettings`. A resumed run keeps its saved settings, with few exceptions.
         resume: "auto" resumes from the newest state, and begins a new run if there is no state. "must" resumes too, but
-            fails if there is no state. "never" begins a new run. The folder of a state resumes from this state.
+            fails if there is no state. With "never", a new run begins. With a state's folder, the run resumes from it.
         overwrite: with "never", remove existing states.
 
     Raises:
@@ -267,8 +273,8 @@ def _say_new_step_size(state: ResumeState, settings: HealSettings, started: int,
     if before != now:
         size = step_size(settings, started, now)
         say(
-            f"Processes: {now} instead of {before}. So step {state.steps} is now step "
-            f"{state.sequences_seen // size.sequences}, after the same {state.sequences_seen} sequences. Each step has "
+            f"Processes: {now} instead of {before}. The {state.sequences_seen} sequences seen so far were "
+            f"{state.steps} steps, and count as {state.sequences_seen // size.sequences} steps now. Each step has "
             f"{size.sequences} sequences, in {size.accumulation} forward passes of each process. The last step is "
             f"step {size.steps_here(settings.max_steps)}."
         )
@@ -285,10 +291,11 @@ def _from_main_process(processes: PartialState, compute: Callable[[], Any]) -> A
 def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path | None:
     is_named = resume not in ("auto", "must", "never")
     found, incomplete = list_states(states, damaged_too=is_named or resume == "never")
-    for name in incomplete:
-        say(f"{states / name} is damaged, or incomplete because its run was killed: it is skipped.")
     if states.is_dir():
-        set_aside(states / name for name in incomplete if not name.endswith(".partial"))
+        asides = set_aside(states / name for name in incomplete if not name.endswith(".partial"))
+        for name in incomplete:
+            end = f"renamed to {asides[name]}" if name in asides else "removed"
+            say(f"{states / name} is damaged, or incomplete because its run was killed: it is not used, and {end}.")
         remove_abandoned(states)
     if resume == "never":
         if found and not overwrite:
@@ -300,7 +307,9 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path 
         return None
     if not is_named and not found:
         if resume == "must":
-            raise SurgeryError(f"{states} holds no complete state to resume from. Start with another --init_from.")
+            raise SurgeryError(
+                f"{states} holds no complete state, which --init_from resume needs. Give another --init_from."
+            )
         return None
     state = read_state(Path(resume).expanduser()) if is_named else found[-1]
     check_state(state)
@@ -337,7 +346,7 @@ def _find_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, st
 
 
 def _digest_of_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> str:
-    """The digest of the teacher, or if the teacher is not here any more, the digest in its complete cache."""
+    """The teacher's digest. If the teacher is not on this machine any more, a complete teacher cache has its digest."""
     try:
         return digest_of_model(_find_teacher(parent, settings, sources).folder)
     except SurgeryError:

@@ -17,7 +17,7 @@ TRACKERS = ("none", "trackio", "wandb", "swanlab")
 PATHS = ("teacher", "teacher_cache", "init_from", "eval_data", "chat_template")  # settings that may be paths
 # A resumed run may change these settings, because they do not change the weights.
 FREE = ("save_steps", "save_total_limit", "report_to")
-# A resumed run may also change its end. It then prints a line about the change.
+# A resumed run may also change the number of steps. It then prints a line about the change.
 _FREE_WITH_A_LINE = ("max_steps",)
 
 _COUNT = number(int, least=1)
@@ -29,7 +29,8 @@ _DROPPED = number(float, least=0, most=0.99)  # dropping everything would train 
 class HealSettings(CheckedSettings):
     """The settings of a healing run. Most fields are flags, and the help of a flag explains its field.
 
-    If the number of processes changes, `max_steps` still counts steps of the size at the start of the run.
+    A step's number of sequences may change when a run is resumed with another number of processes. `max_steps` still
+    counts steps as large as those at the start of the run.
 
     Raises:
         SurgeryError: for a value that its flag refuses, or settings that contradict each other.
@@ -39,7 +40,8 @@ class HealSettings(CheckedSettings):
         str,
         Flag(
             None,
-            "train all weights, the grafted layers, the grafted layers and their neighbours, or low-rank updates",
+            "full: train all weights; grafted: the grafted layers; neighbours: these and their neighbours; lora: "
+            "low-rank updates",
             OneOf(*METHODS),
         ),
     ] = "full"
@@ -47,15 +49,18 @@ class HealSettings(CheckedSettings):
         str,
         Flag(
             "checkpoint|scratch|resume|PATH|NAME",
-            "weights to begin with: the checkpoint's own, random ones, those of an existing state, or a file, folder "
-            "or model with tensors of the same names; tensors that do not fit are listed",
+            "weights to begin with: the checkpoint's own, random ones, or those of a file, folder or model with "
+            "tensors of the same names (tensors that do not fit are listed, and keep the checkpoint's values); "
+            "resume: continue the run from its newest state, and fail if there is none",
         ),
     ] = "checkpoint"
     exclude: Annotated[
         tuple[str, ...],
         Flag("PATTERN", "tensors not to take from --init_from, such as lm_head (default: none)", nargs="+"),
     ] = ()
-    seed: Annotated[int, Flag("N", "of data order, dropout and new weights", number(int, least=0, most=2**32 - 1))] = 0
+    seed: Annotated[
+        int, Flag("N", "seed of data order, dropout and new weights", number(int, least=0, most=2**32 - 1))
+    ] = 0
     max_steps: Annotated[int, Flag("N", "steps of the optimizer", _COUNT)] = 200
     batch_size: Annotated[int, Flag("N", "sequences per forward pass and process", _COUNT)] = 4
     accumulation: Annotated[int, Flag("N", "forward passes per step", _COUNT)] = 1
@@ -77,28 +82,30 @@ class HealSettings(CheckedSettings):
     chat_template: Annotated[
         str | None, Flag("FILE", "Jinja template for conversations (default: the tokenizer's own)")
     ] = None
-    self_conversations: Annotated[int, Flag("N", "conversations to write, with --data self", _COUNT)] = 512
+    self_conversations: Annotated[
+        int, Flag("N", "how many conversations the donor writes, with --data self", _COUNT)
+    ] = 512
     segment_length: Annotated[
         int,
         Flag(
             "N",
-            "train on this many tokens of a sequence at once, which saves memory for long ones. States and K/V pass "
-            "from segment to segment, gradients do not; 0: all",
+            "train on this many tokens of a sequence at once, which saves memory for long ones; 0: on the whole "
+            "sequence. States and K/V pass from segment to segment, gradients do not",
             number(int, least=0),
         ),
     ] = 0
-    learning_rate: Annotated[float, Flag("X", "the highest one, of AdamW", _ABOVE_0)] = 1e-4
-    schedule: Annotated[str, Flag(None, "of the learning rate after its rise", OneOf(*SCHEDULES))] = "cosine"
+    learning_rate: Annotated[float, Flag("X", "highest learning rate of AdamW", _ABOVE_0)] = 1e-4
+    schedule: Annotated[str, Flag(None, "how the learning rate changes after the warmup", OneOf(*SCHEDULES))] = "cosine"
     warmup: Annotated[float, Flag("X", "fraction of the steps in which the learning rate rises", _FRACTION)] = 0.05
-    weight_decay: Annotated[float, Flag("X", "of AdamW", _AT_LEAST_0)] = 0.0
+    weight_decay: Annotated[float, Flag("X", "weight decay of AdamW", _AT_LEAST_0)] = 0.0
     max_grad_norm: Annotated[float, Flag("X", "clip gradients to this norm; 0: no clipping", _AT_LEAST_0)] = 1.0
     precision: Annotated[
         str,
-        Flag(None, "of the forward pass, by autocast; the trained weights stay float32", OneOf(*PRECISIONS)),
+        Flag(None, "dtype of the forward pass (autocast); the trained weights stay float32", OneOf(*PRECISIONS)),
     ] = "float32"
     gradient_checkpointing: Annotated[bool, Flag(None, "less memory, more time")] = False
     compile: Annotated[bool, Flag(None, "torch.compile the model")] = False
-    dropout: Annotated[float, Flag("X", "of attention weights in grafted layers", _DROPPED)] = 0.0
+    dropout: Annotated[float, Flag("X", "dropout of attention weights in grafted layers", _DROPPED)] = 0.0
     lora_rank: Annotated[int, Flag("N", "rank of the updates, with --method lora", _COUNT)] = 16
     lora_alpha: Annotated[float, Flag("X", "the scale of the updates is alpha / rank", _ABOVE_0)] = 32.0
     lora_dropout: Annotated[float, Flag("X", "dropout of the updates' inputs", _DROPPED)] = 0.0
@@ -106,7 +113,7 @@ class HealSettings(CheckedSettings):
         str | None,
         Flag(
             "NAME|PATH",
-            "learn from the predictions of this model, not only from the text: donor, base, a checkpoint's folder, a "
+            "learn from the predictions of this model (see --teacher_weight): donor, base, a checkpoint's folder, a "
             "model's folder or hub id (default: none)",
         ),
     ] = None
@@ -119,15 +126,17 @@ class HealSettings(CheckedSettings):
         ),
     ] = None
     teacher_top_k: Annotated[
-        int, Flag("N", "tokens kept for each position of --teacher_cache; with all tokens, nothing is lost", _COUNT)
+        int, Flag("N", "how many of the likeliest tokens --teacher_cache keeps for each position", _COUNT)
     ] = 64
     temperature: Annotated[float, Flag("X", "softmax temperature of teacher and student", _ABOVE_0)] = 1.0
-    teacher_weight: Annotated[float, Flag("X", "weight of the teacher's loss; the text's has 1 - X", _FRACTION)] = 1.0
+    teacher_weight: Annotated[
+        float, Flag("X", "weight of the teacher's loss; the text's loss has 1 - X", _FRACTION)
+    ] = 1.0
     reverse_weight: Annotated[
         float,
         Flag(
             "X",
-            "weight of the reverse KL(student || teacher) in the teacher's loss; the forward one has 1 - X",
+            "weight of the reverse KL(student || teacher) in the teacher's loss; the forward KL has 1 - X",
             _FRACTION,
         ),
     ] = 0.0
@@ -160,7 +169,7 @@ class HealSettings(CheckedSettings):
             (("temperature", "teacher_weight", "reverse_weight"), "teacher", self.has_teacher),
             (("hidden_weight",), "a teacher in memory", self.teacher is not None and not has_cache),
             (("teacher_top_k",), "teacher_cache", has_cache),
-            (("exclude",), "an init_from that names weights", self.init_from not in ("checkpoint", "scratch")),
+            (("exclude",), "init_from FILE, FOLDER or MODEL", self.init_from not in ("checkpoint", "scratch")),
             (("lora_rank", "lora_alpha", "lora_dropout"), "method lora", self.method == "lora"),
         ):
             for name in names:
@@ -180,7 +189,7 @@ class HealSettings(CheckedSettings):
             )
         if not self.always_save and not self.eval_interval:
             raise SurgeryError(
-                "Without always_save, a state is saved only if the held-out loss improves. Set eval_interval."
+                "Without always_save, a state is saved if the held-out loss improves. Give an eval_interval above 0."
             )
 
     @property
@@ -206,7 +215,9 @@ def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
         SurgeryError: for an unknown name, or a value of the wrong type.
     """
     if unknown := sorted(saved.keys() - {field.name for field in fields(HealSettings)}):
-        raise SurgeryError(f"This version does not know settings of the state: {', '.join(unknown)}. Use a newer one.")
+        raise SurgeryError(
+            f"The state has settings that this version does not know: {', '.join(unknown)}. Use a newer version."
+        )
     types = get_type_hints(HealSettings)
     try:
         check_fields(saved, {f"{name}?": _json_type(annotation) for name, annotation in types.items()})
@@ -223,14 +234,14 @@ def _json_type(annotation: Any) -> Any:
 
 
 def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[HealSettings, list[str]]:
-    """The settings of a resumed run, and lines for the user: which given settings are taken, and which are ignored."""
+    """The settings of a resumed run, and lines for the user: about another `max_steps`, and ignored settings."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     differing = {name: value for name, value in given.items() if value != getattr(saved, name)}
     taken = {name: value for name, value in differing.items() if name in FREE + _FREE_WITH_A_LINE}
     lines = []
     for name, value in differing.items():
         if name in _FREE_WITH_A_LINE:
-            lines.append(f"{name} is now {value}, was {getattr(saved, name)}; the learning rate changes from here on")
+            lines.append(f"{name} is now {value}, was {getattr(saved, name)}; the schedule has the new length")
         elif name not in FREE:
             lines.append(
                 f"{name} stays {getattr(saved, name)!r}, as at the start of the run; {value!r} is ignored "
