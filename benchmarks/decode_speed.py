@@ -118,7 +118,7 @@ def load_donor(folder: Path | None) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def make_llamba(donor: LlamaForCausalLM, layers: list[int]) -> LlambaForCausalLM:
-    """A Llamba with the donor's shape, embedding and `layers`. Its mixers are random: this costs the same time."""
+    """A Llamba with the donor's shape, embedding and `layers`. Its random mixers take as long as trained ones."""
     fields = llamba_config(donor.config).file_fields()
     if layers:
         fields["llama_layers"] = sorted(layers)
@@ -168,7 +168,8 @@ def report(decoders: dict[str, Decoder], contexts: list[int], share: float) -> N
         keys_values, states = decoder.cache_bytes()
         speeds = decoder.segment_speeds
         print(
-            f"{name:<6} prefill, {len(speeds)} segments of {SEGMENT} tokens: {statistics.median(speeds):.0f}", end=" "
+            f"{name:<6} prefill, {len(speeds)} segments of up to {SEGMENT} tokens: {statistics.median(speeds):.0f}",
+            end=" ",
         )
         print(f"tokens per second (the last one {speeds[-1]:.0f})", end="; ")
         print(f"K/V {keys_values / contexts[-1]:,.0f} bytes per token, states {states:,} bytes")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=10000, metavar="N", help="how many to inject (default: 10000)")
-    parser.add_argument("--folder", type=Path, help="where to work (default: the system's)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the faults (default: 0)")
     parser.add_argument("--scenarios", nargs="+", metavar="NAME", help="run only these scenarios")
     parser.add_argument("--only", nargs=3, metavar=("SCENARIO", "KIND", "CALL"), help="one fault, printed in full")

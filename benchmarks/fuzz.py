@@ -35,7 +35,7 @@ from benchmarks.mutations import mutate
 
 CASES_PER_CHILD = 300
 CASE_SECONDS = 20  # of processor time
-HANG_SECONDS = 60  # by the clock, for a case that waits and computes nothing; not while this process is stopped
+HANG_SECONDS = 60  # by the clock, for a case that only waits. The time while this process is stopped does not count
 MEMORY_BYTES = 2 << 30  # address space of a case, in addition to that of the libraries
 SUSPICIOUS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class"}
 
@@ -136,7 +136,7 @@ def run_child(work: Path, seed: int, first: int, writer: int, deadline: float) -
 
 
 def run_case(work: Path, seed: int, case: int) -> str:
-    """Damage one file, let all code read it that reads such files, and restore it. Return "read" or "refused"."""
+    """Damage one file, give it to all code that reads such files, and restore it. Return "read" or "refused"."""
     from model_preparation.errors import SurgeryError
 
     rng = Random(f"{seed} {case}")
@@ -181,7 +181,7 @@ def damage(path: Path, rng: Random) -> None:
 
 
 def restore(work: Path, scenario: str, path: Path | None = None) -> None:
-    """Restore the damaged file `path`, or else the whole folder of the scenario."""
+    """Restore the damaged file `path`. If it is None, restore the whole folder of the scenario."""
     if path is None:
         shutil.rmtree(work / scenario, ignore_errors=True)
         shutil.copytree(work / "whole" / scenario, work / scenario)

@@ -6,7 +6,7 @@ needed. If a part needs a package that is not installed, its row names the packa
 CPU that the script works.
 
 The questions are MMLU's, from --mmlu_data. Without this flag, made-up questions of about the same length are used. The
-regular expression that splits Llama 3's words cuts questions into tokens, so no model's tokenizer is needed either.
+regular expression of Llama 3's tokenizer cuts questions into tokens, so no model's tokenizer is needed either.
 
     python benchmarks/gpu.py --output_dir results --mmlu_data MMLU
     python benchmarks/gpu.py --output_dir results --shape tiny --device cpu
@@ -564,9 +564,7 @@ def part_search(args: argparse.Namespace) -> Iterator[Row]:
         per_pass = (time.perf_counter() - started) / (scorer.layer_passes - before)
         passes = count_passes(sets, len(base)) - len(base)
         note = f"{len(found)} sets, {len(questions.questions)} questions, {kind}"
-        yield row(
-            "layers run, of those of all sets alone", passes / len(sets) / len(base), "", note=f"{len(sets)} sets"
-        )
+        yield row("layer passes, shared / alone", passes / len(sets) / len(base), "", note=f"{len(sets)} sets")
         together = per_pass * passes / len(sets) * share
         yield row(f"candidate, {QUESTIONS} questions, shared", together, "s", note=note)
         alone, differing = [], 0

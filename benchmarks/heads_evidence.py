@@ -35,7 +35,7 @@ from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 PEOPLE = 16  # number of people in a question's text
 CHOOSE_SEED, REPORT_SEED = 7, 8  # the package's own questions have another seed
 AT_ONCE = 250  # questions in a forward pass
-FEW = 300  # if a size has at most so many sets, all of them are scored
+FEW = 300  # if a size has at most so many sets, a beam above 1 scores all of them
 FIRST, BEST = 100, 16  # questions for every set; number of sets that are scored on all questions
 MOST_LAYERS = 3
 WHOLE = "whole"  # in place of heads: the donor's whole layer
@@ -195,7 +195,7 @@ def name_of(graft: Graft) -> str:
 
 
 def beam(questions: Questions, width: int, most: int, rule: str = DEFAULT) -> list[Graft]:
-    """The best set of heads of each size from 1 to `most`. If a size has few sets, all of them are scored."""
+    """The best set of heads of each size from 1 to `most`. If `width` > 1 and a size has few sets, all are scored."""
     pair = questions.pair
     every = [(layer, head) for layer in range(pair.layers) for head in range(pair.heads)]
     kept: list[Graft] = [()]
@@ -318,7 +318,7 @@ def print_table(rows: Sequence[dict]) -> None:
 
 
 def draw(found: dict, path: Path) -> None:
-    """Draw a dot for every scored set, and a line through the best set of each size on the other questions."""
+    """Draw a dot for every set in "all sets", and a line through the best set of each size on other questions."""
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
     colours = {"layers": "#cc6677", "heads": "#4477aa"}

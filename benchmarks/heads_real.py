@@ -1,4 +1,4 @@
-"""Heads that a search chose, against whole layers with as many key/value bytes, on documents that no search used.
+"""Heads that a search chose, against whole layers with at least as many K/V bytes, on documents that no search used.
 
 The searches chose heads and layers on the first `--chosen_on` documents of the task. This script scores the next
 documents: minus the loss per token of the right answer, and the paired difference from the best layers with its 95%
@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=Path, nargs="+", required=True, help="the same of searches over layers")
     parser.add_argument("--chosen_on", type=int, required=True, help="the --limit of these searches")
-    parser.add_argument("--documents", type=int, required=True, help="how many documents to score after these")
+    parser.add_argument("--documents", type=int, required=True, help="documents to score, after those of --chosen_on")
     parser.add_argument("--folder", type=Path, required=True, help="for hidden states that do not fit into memory")
     args = parser.parse_args()
     best = {unit: best_by_bytes(getattr(args, unit), unit) for unit in (LAYERS, HEADS)}

@@ -1,6 +1,6 @@
 """The time of a layer with grafted heads, against the base's own layer and the donor's whole layer, in one run.
 
-Weights are random, in the shape of SmolLM2-135M or of Llama-3.1-8B. Each layer decodes one token after CONTEXT other
+Weights are random, in the shape of SmolLM2-135M or of Llama-3.1-8B. Each layer decodes one token after --contexts other
 tokens, with random states, keys and values. It also reads a text of --prefill tokens. Every variant has its turn in
 each round. The figures are medians of processor time, so other programs disturb them less. The attention's cost is the
 cost of a layer with all heads, minus the cost of the base's layer. The goal for a layer with some heads is the cost of

@@ -48,7 +48,7 @@ def main() -> None:
             found[name] = run([*heal, *more, "--output_dir", folder / str(number)])
             print(f"{name:24} {1000 * found[name]:8.0f} MB", flush=True)
     above = [found[name] - found["none"] for name in ("whole", "segments")]
-    print(f"Above none, segments of {args.segment} take 1 / {above[0] / above[1]:.1f} of {args.length} at once.")
+    print(f'Segments take 1 / {above[0] / above[1]:.1f} of the memory of whole sequences, above the run "none".')
     saved = found["teacher in memory"] - found["teacher on the disk"]
     print(f"Without the teacher in memory: {1000 * saved:.0f} MB less, {saved / found['teacher in memory']:.0%}.")
 

@@ -1,4 +1,4 @@
-"""Building a graft of 4 layers in --format hf, against loading the base, replacing layers, and save_pretrained.
+"""Building a graft in --format hf, against loading the base, replacing layers, and save_pretrained.
 
 Another checkpoint of the same base is built first, in the same folder. This first build fills the store with the base's
 shards, and is timed once. Prints seconds, bytes written, peak resident memory and ratios, medians over --runs. The

@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[576, 1024], help="multiples of 64")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048])
-    parser.add_argument("--seconds", type=float, default=3, help="per size; a large size takes the time of 3 rounds")
+    parser.add_argument("--seconds", type=float, default=3, help="per size; at least 3 rounds run in any case")
     parser.add_argument("--quick", action="store_true", help="batch 1, 128 and 512 tokens, one second per size")
     args = parser.parse_args()
     if args.quick:

@@ -59,7 +59,7 @@ def main() -> None:
     for name, side in sides.items():
         print(f"| {name} | {side.batches} | {side.tokens / side.places:.0%} | {side.speed:,.0f} |")
     ratio = sides["packed"].speed / sides["padded"].speed
-    print(f"Packed documents are trained on {ratio:.2f} times as fast (goal: {GOAL} at a fill of 50%)")
+    print(f"Training on packed documents is {ratio:.2f} times as fast (goal: {GOAL} at a fill of 50%)")
 
 
 def sequences_of(documents: list[np.ndarray], block_size: int, packing: bool) -> Documents:

@@ -2,10 +2,11 @@
 
 The script records every change that a run makes on the disk: extract, build, overwrite, a base, cleaning
 (tests/faults/scenarios.py); healing, evaluating, a search's journal (tests/faults/long_work.py). From these changes it
-makes states of the disk that ext4, XFS and the weakest file system of POSIX may leave (tests/faults/disk.py says what
-each may lose). In every state, a folder must be either the old folder or the new one, and whole. Everything that was
-printed as done must be there. In some states, the same command runs again, and must end as if nothing had happened.
-Anything else is a violation; the exit code is 1. Needs Linux on x86-64, a C compiler and the package's extra "test".
+makes states of the disk that ext4, XFS and the weakest file system that POSIX allows may leave (tests/faults/disk.py
+says what each may lose). In every state, a folder must be either the old folder or the new one, and whole. Everything
+that was printed as done must be there. In some states, the same command runs again, and must end as if nothing had
+happened. Anything else is a violation; the exit code is 1. Needs Linux on x86-64, a C compiler and the package's
+extra "test".
 
     python benchmarks/power_failure.py --states 10000
 """
@@ -24,9 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", type=int, default=10000, metavar="N", help="states to check (default: 10000)")
-    parser.add_argument("--folder", type=Path, help="where to work (default: the system's)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
-    parser.add_argument("--again", type=float, default=0.15, metavar="PART", help="see tests/faults/power.py")
+    parser.add_argument(
+        "--again",
+        type=float,
+        default=0.15,
+        metavar="PART",
+        help="share of new kinds of states after which the command runs again (default: 0.15)",
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these scenarios")
     args = parser.parse_args()
 

@@ -8,10 +8,10 @@ from pathlib import Path
 # of the published Llambas and their donors. "small" is for trying the scripts.
 SHAPES = {
     "small": (256, 8, 512, 32, 8, False),
-    "half": (2048, 8, 8192, 32, 8, False),  # a checkpoint of 4.2 GB
+    "half": (2048, 8, 8192, 32, 8, False),  # a checkpoint of 4.3 GB
     "1b": (2048, 16, 8192, 32, 8, False),
     "3b": (3072, 28, 8192, 32, 8, False),
-    "7b": (4096, 24, 14336, 32, 8, False),  # 13.7 GB, for disks on which 8b does not fit
+    "7b": (4096, 24, 14336, 32, 8, False),  # a base of 13.8 GB, for disks on which 8b does not fit
     "8b": (4096, 32, 14336, 32, 8, False),
 }
 LAYERS = {
@@ -23,7 +23,7 @@ LAYERS = {
     "8b": [11, 13, 17, 21],
 }
 
-# Code that people write without this package: it makes `grafted`, with whole models in memory.
+# The naive way: makes `grafted`, with whole models in memory.
 IN_MEMORY = """
 import sys, torch
 from model_preparation.llamba import LlambaForCausalLM

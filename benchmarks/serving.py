@@ -1,8 +1,8 @@
-"""How fast vLLM serves a graft, against our own batched `generate`, and against a donor that vLLM serves by itself.
+"""How fast vLLM serves a graft, against our own batched `generate`, and against a donor in vLLM.
 
 Needs the package's extra `serve`. Prints tokens per second for requests of mixed lengths, sent at once; bytes of the
-cache, as computed and as vLLM reports them; and peak memory. Each side is a separate process. Imports, loading and a
-first request, for which vLLM compiles its sampler, are not counted.
+cache, as computed and as vLLM reports them; and peak memory. Each side is a separate process. Imports, loading and two
+first requests, for which vLLM compiles its sampler, are not counted.
 """
 
 import argparse

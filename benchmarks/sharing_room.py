@@ -1,4 +1,4 @@
-"""How much disk space ten checkpoints of one base take, against the size of their files.
+"""How much disk space ten checkpoints of one base take (three for --shape half), against the size of their files.
 
 Prints seconds, GB of files and GB taken on the disk after each build. On a file system that shares extents (XFS,
 Btrfs), the checkpoints take the space of one checkpoint and of the grafted layers. On other file systems they take the

@@ -1,8 +1,8 @@
 """Verifying a checkpoint, against reading the same files with dd, one after the other.
 
-Prints seconds, GB/s, the ratio of both speeds, and peak resident memory, medians over --runs. Before every run, the
-files are dropped from the page cache. Each run is a separate process, and its time includes imports.
-create_replaced_model_checkpoint.py makes a checkpoint to verify.
+Prints the medians over --runs of seconds and GB/s, the ratio of both speeds, and the largest peak of resident
+memory. Before every run, the files are dropped from the page cache. Each run is a separate process, and its time
+includes imports. create_replaced_model_checkpoint.py makes a checkpoint to verify.
 
     python benchmarks/verify_speed.py --folder /mnt/scratch --checkpoint /mnt/scratch/out
 """

@@ -3,8 +3,8 @@
     from model_preparation import extract_layers, build_checkpoint, load_checkpoint, evaluate_checkpoint
 
 Importing the package registers `llamba` with AutoConfig and AutoModelForCausalLM, and lets `torch.load("model.pt")`
-read our checkpoints with its default `weights_only=True`. Both happen once transformers or torch is imported. The order
-of the imports does not matter.
+read our checkpoints with its default `weights_only=True`. Both happen as soon as transformers or torch is imported.
+The order of the imports does not matter.
 """
 
 import importlib
@@ -62,7 +62,7 @@ __all__ = [*_MODULE_OF]
 
 
 class _Package(ModuleType):
-    """Keeps `model_preparation.search_layers` and others functions, although modules of commands have their names."""
+    """Its functions, such as `search_layers`, stay functions when the module of a command has the same name."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

@@ -33,7 +33,10 @@ def translate(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 class _ChineseFormatter(argparse.RawDescriptionHelpFormatter):
-    """Breaks lines between any Chinese characters (two columns wide). Drops spaces that YAML's folding put there."""
+    """Breaks lines between Chinese characters (two columns wide), but not before punctuation marks.
+
+    Drops the spaces between Chinese characters, which YAML's folding put there.
+    """
 
     def _format_usage(self, usage, actions, groups, prefix):
         return super()._format_usage(usage, actions, groups, prefix or "用法：")

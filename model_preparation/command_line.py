@@ -383,8 +383,8 @@ def add_device_flags(parser: CommandParser) -> None:
     group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
 
 
-# The number of new objects after which the garbage collector runs. Imports make a million objects that stay. With
-# the default of Python 3.11, 700, the collector would take a quarter of the time of the imports.
+# The number of new objects after which the garbage collector runs. Imports make a million objects that stay.
+# Python 3.11's default is 700. With this default, the collector would take a quarter of the imports' time.
 _COLLECT_AFTER = 100_000
 
 
@@ -422,7 +422,7 @@ def _run(main: Callable[[], None]) -> None:
         reason = str(error).splitlines()[0]
         sys.exit(_report(f"{reason} Choose a GPU with more free memory by --gpu N, or use --device cpu."))
     except OSError as error:
-        # Errors of the file system (disk full, no permission) name the file. A traceback would add nothing.
+        # Errors of the file system (disk full, no permission) are clear without a traceback.
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(_report(f"{error.strerror or error}{where}."))
     sys.stdout.flush()

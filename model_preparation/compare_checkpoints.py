@@ -5,10 +5,11 @@ from pathlib import Path
 from model_preparation.command_line import CommandParser, number, run
 
 DESCRIPTION = """\
-Compare checkpoints by their evaluations, question by question, on the questions that all of them were asked. For each
-group and subject, print each checkpoint's score and standard error. Also print its difference from the first
-checkpoint, with McNemar's exact test and a bootstrap interval. Write a report (comparison.html), and plots as PNG. The
-report also shows the costs that test_checkpoint.py --efficiency measured.
+Compare checkpoints by their evaluations, question by question, on the questions that all of them were asked.
+For each group, and with --subjects for each subject, print each checkpoint's score and standard error. Also
+print its difference from the first checkpoint, with McNemar's exact test and a bootstrap interval. Write a
+report (comparison.html), and plots as PNG. The report also shows the costs that test_checkpoint.py
+--efficiency measured.
 """
 
 EPILOG = """\
@@ -57,7 +58,8 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="compare only this task or group. If a checkpoint has several evaluations, name the folder of one",
+        help="compare only this task or group. If a checkpoint has several evaluations, NAME can also be the "
+        "name of one evaluation's folder",
     )
     parser.add_argument(
         "--metric",

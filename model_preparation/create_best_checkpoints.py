@@ -66,7 +66,7 @@ def main() -> None:
         parser.error("--top belongs to --from, which is not given")
     for flag in ("--layers", "--output_dir", "--description", "--score", "--from_info"):
         if is_given(flag, passed_on):
-            parser.error(f"{flag} comes from the list")
+            parser.error(f"{flag} cannot be given here: the list or the search decides what to build")
     builder = create_replaced_model_checkpoint.make_parser()
     builder.prog = "create_replaced_model_checkpoint.py"
     flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])  # a wrong flag ends the command

@@ -71,8 +71,8 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--keep_mixer_heads",
         action="store_true",
-        help="with --heads: keep the whole mixer in these layers (default: an equal share of the mixer's channels, at "
-        "the same place as the heads, is set to zero)",
+        help="with --heads: keep the whole mixer in these layers (default: the mixer's channels at the "
+        "places of the heads are set to zero)",
     )
     parser.add_argument(
         "--from_info",

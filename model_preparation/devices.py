@@ -18,7 +18,7 @@ def choose_device(gpu: int | None = None, device: str | None = None) -> str:
     the GPU whose number is its local rank.
 
     Raises:
-        SurgeryError: if this machine does not have the named device.
+        SurgeryError: if this machine lacks the named device, or if a launcher and a flag both choose a GPU.
     """
     import torch
 

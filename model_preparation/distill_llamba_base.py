@@ -26,7 +26,7 @@ called unaligned.
 Finished layers are kept in DIR.distilling, next to the folder to write. If the command is stopped, run it again: it
 continues with the next layer. The command needs memory for one layer of the donor, one layer of the base, and the
 hidden states of all tokens (tokens x width x 4 bytes). With --data self, it first needs memory for the whole donor in
-bfloat16. Hidden states larger than --memory_limit are kept on the disk, where they take twice their size: 34 GB for a
+bfloat16. Hidden states larger than --memory_limit are kept on the disk, where they take twice their size: 33 GB for a
 million tokens of an 8B model, whose width is 4096. The model's folder also gets distillation.json (errors,
 perplexities, settings), distillation.jsonl (losses) and distillation.png.
 

@@ -1,8 +1,8 @@
 """The one exception for a user's mistake or a broken input.
 
 Its message has two short sentences. The first says what is wrong, with the value seen and the value needed. The second
-says what to run or change. Commands print the message as one line and exit with 1. Any other exception is a bug and
-keeps its traceback.
+says what to run or change. Commands print the message as one line and exit with 1. They do the same for an
+OSError and for a full GPU (command_line.py). Any other exception is a bug and keeps its traceback.
 """
 
 

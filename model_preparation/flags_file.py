@@ -33,7 +33,8 @@ def read_entries(path: Path, lists: Collection[str] = ()) -> dict[str, Entry]:
     A key in `lists` may have a list of mappings as its value.
 
     Raises:
-        SurgeryError: if the file cannot be read, has a key twice, or a value that no flag can have. It names the line.
+        SurgeryError: if the file cannot be read, has a key twice, or has a value that no flag can have. The
+            message names the line.
     """
     import yaml
 

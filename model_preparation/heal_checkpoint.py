@@ -109,7 +109,7 @@ def _stages(entry: Entry) -> list[dict[str, Any]]:
 
 
 def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags that repeat this run. The record has only the last part of a path: a given path that has it is used."""
+    """The flags that repeat this run. The record has only the last part of a path; `given` has all of it."""
     from model_preparation.io.result_inputs import name_of
 
     settings = dict(healing["settings"])
@@ -138,9 +138,9 @@ def _parser() -> CommandParser:
         "--data",
         metavar="FILE|DIR|NAME|self",
         help='text: .txt and .md files, .jsonl and .parquet files with a field "text", a folder of these, or the name '
-        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope. Rows with the "
-        "fields messages, conversations, query and response, or instruction and output are conversations. self: the "
-        "donor writes conversations",
+        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope. A "
+        "row is a conversation if it has one of these: messages; conversations; query and response; "
+        "instruction and output. self: the donor writes conversations",
     )
     parser.add_argument(
         "--output_dir", required=True, type=Path, metavar="DIR", help="the folder of the healed checkpoint"
@@ -179,7 +179,10 @@ def _parser() -> CommandParser:
         "learning languages)",
     )
     add_device_flags(parser)
-    add_dtype_flag(parser, help="dtype of the healed checkpoint; float16 halves the size (default: its parent's)")
+    add_dtype_flag(
+        parser,
+        help="dtype of the healed checkpoint; float16 is half as large as float32 (default: its parent's)",
+    )
     parser.add_argument("--format", choices=FORMATS, help="format of the healed checkpoint (default: its parent's)")
     add_source_flag(parser)
     parser.add_config_flag()

@@ -22,7 +22,7 @@ SUBCOMMANDS = {
     "build": Subcommand("create_replaced_model_checkpoint", "make a checkpoint: a base with layers of its donor"),
     "extract": Subcommand("extract_layers", "write a donor's layers into one file each"),
     "best": Subcommand("create_best_checkpoints", "build a checkpoint for every combination in a list"),
-    "test": Subcommand("test_checkpoint", "load a checkpoint or model, print its text, score it"),
+    "test": Subcommand("test_checkpoint", "load a checkpoint or model, generate text, score it"),
     "evaluate": Subcommand("evaluate_checkpoints", "score many checkpoints, and print one table"),
     "compare": Subcommand("compare_checkpoints", "compare several checkpoints, with a test of significance"),
     "search": Subcommand("search_layers", "find the best layers to replace"),

@@ -56,7 +56,7 @@ examples:
 """
 
 RECORD = "experiment.json"
-# {step: (its command, flags that the experiment itself sets)}
+# {step: (its command, flags of the command that the file must not give)}
 _COMMANDS = {
     "extract": ("extract_layers", {"model_name", "output_dir", "verify", "from_legacy"}),
     "search": ("search_layers", {"base", "start", "donor", "llama_layers_dir", "output_dir"}),
@@ -65,10 +65,11 @@ _COMMANDS = {
     "evaluate": ("test_checkpoint", {"checkpoint", "full_eval", "skip_generation", "results_dir", "result_json"}),
     "compare": ("compare_checkpoints", {"output_dir", "baseline"}),
 }
-_RUN_FLAGS = {"overwrite", "dry_run"}  # the experiment itself sets these flags in every step
+_RUN_FLAGS = {"overwrite", "dry_run"}  # flags that the file must not give in any step
 _FOR_ALL = ("gpu", "device", "source")
 _PLAIN_KEYS = ("output_dir", "base", "donor", "layers", *_FOR_ALL)
 _MODELS = ("base", "donor", "grafted", "healed")
+_LONGEST_NAME = 150  # of a checkpoint's folder; file systems allow 255 bytes, and "_healed.partial-HOST-PID" may follow
 
 Flags = Mapping[str, Any]  # {flag's name: text, list of texts, or True}
 
@@ -104,7 +105,7 @@ class Step:
 
     @property
     def can_replace(self) -> bool:
-        """Whether the result is slow to make, so that only --redo replaces it, by the command's --overwrite."""
+        """Whether the step's command replaces an earlier result by --overwrite. This needs --redo."""
         return self.kind in ("extract", "search", "build", "heal")
 
 
@@ -271,12 +272,14 @@ def plan(experiment: Experiment) -> list[Step]:
         grafts = _found_best(result)
     chosen = [] if grafts is None else grafts.get("heads") or sorted(grafts["layers"], key=int)
     name = "_".join(["grafted", *chosen]).replace(":", "-")
+    if len(name) > _LONGEST_NAME:
+        name = f"grafted_{len(chosen)}_{digest_of({'units': chosen})[:12]}"
     grafted, healed = folder / "checkpoints" / name, folder / "checkpoints" / f"{name}_healed"
     flags = {"base": experiment.base, **(grafts or {}), **steps["build"]}
     own = {"llama_layers_dir": layers_dir, "output_dir": grafted}
     planned.append(Step("build", "build", flags, own, (), grafted, grafted / "checkpoint_info.json", source))
     if "heal" in steps:
-        # Other settings get another folder of states, so that a stopped run finds its own states.
+        # Other settings get another folder of training states, so that a stopped run finds its own.
         states = folder / "healing" / digest_of({**flags, **steps["heal"]})[:12]
         own = {"checkpoint": grafted, "output_dir": healed, "resume_dir": states}
         result = healed / "checkpoint_info.json"
@@ -306,7 +309,7 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
     """Refuse missing models, tasks and texts before hours of work. Nothing is downloaded.
 
     Raises:
-        SurgeryError: if any is missing. The message names everything that is missing, and the step that needs it.
+        SurgeryError: if any is missing. The message names everything that is missing, with its key.
     """
     from model_preparation.evaluation.tasks import check_names
     from model_preparation.train.texts import files_of_text

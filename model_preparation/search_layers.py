@@ -80,7 +80,7 @@ def main() -> None:
     for name in filter(parser.is_given, idle):
         if name != "seed":  # harmless with other methods
             parser.error(f"--{name} belongs to --method {idle[name]}, but the method is {args.method}")
-    if args.method == "singles" and (most := args.max_layers or args.max_heads or 1) > 1:
+    if args.method == "singles" and (most := getattr(args, f"max_{args.unit}") or 1) > 1:
         parser.error(f"--method singles takes {args.unit} one by one: leave out --max_{args.unit} {most}")
 
     from model_preparation.evaluation.tasks import is_mmlu
@@ -99,7 +99,7 @@ def main() -> None:
     say = partial(print, flush=True)
     found = search_layers(settings, workers=workers, say=say, dry_run=args.dry_run, overwrite=args.overwrite)
     if found is None:
-        print(f"Everything fits; nothing was evaluated (--dry_run). {settings.folder} would have the result.")
+        print(f"All checks passed. Nothing was evaluated (--dry_run). Results would be in {settings.folder}")
         return
     save_config(settings.folder / "config.yaml", {**as_flags(settings), **dict.fromkeys(idle)})
     unit, statistics = settings.unit, found["statistics"]

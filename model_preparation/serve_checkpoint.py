@@ -29,8 +29,8 @@ def main() -> None:
         "--engine",
         choices=("auto", "vllm", "transformers"),
         default="auto",
-        help="auto: vLLM if it is installed, else transformers, which answers one request at a time (default: "
-        "%(default)s)",
+        help="auto: vLLM if it is installed and can serve the checkpoint, else transformers, which answers "
+        "one request at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--host",
@@ -47,14 +47,14 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="vLLM's own flags, after --")
     args = parser.parse_args()
 
-    from model_preparation.checkpoint.checkpoint_info import grafted_heads, read_info
+    from model_preparation.checkpoint.checkpoint_info import read_info
     from model_preparation.io.result_inputs import name_of
     from model_preparation.serve.choose_engine import choose_engine
     from model_preparation.serve.vllm_process import address, check_port, describe, serve_by_vllm
 
     checkpoint = args.checkpoint.expanduser()
     info = read_info(checkpoint)
-    engine = choose_engine(args.engine, info["config"].get("donor_type", "llama"), bool(grafted_heads(info)))
+    engine = choose_engine(args.engine, info["config"])
     if engine != "vllm" and (args.flags or args.log is not None):
         parser.error("--log and flags after -- are for vLLM, but the engine is transformers")
     check_port(args.host, args.port)
@@ -74,7 +74,7 @@ def main() -> None:
         is_ready = True
         for line in describe(address(args.host, args.port), name, api_key):
             print(escaped(line))
-        print("Ready. Ctrl-C ends it.", flush=True)
+        print("Ready. Ctrl-C ends the server.", flush=True)
 
     served = {"name": name, "host": args.host, "port": args.port, "dtype": dtype, "api_key": api_key, "ready": ready}
     print(escaped(f"Engine       {engine}, {dtype}"), flush=True)

@@ -240,6 +240,7 @@ def _check(parser: CommandParser, args: argparse.Namespace) -> None:
     if args.server is not None:
         args.full_eval = args.skip_generation = True
         parser.refuse(args, ("dtype", "gpu", "device", "parallelize"), "has no effect with --server")
+        parser.refuse(args, ("efficiency",), "measures a model in this process, not on a server: leave out --server")
         if args.checkpoint is None and (args.tokenizer is None or args.results_dir is None):
             parser.error("--server without --checkpoint needs --tokenizer and --results_dir")
     elif args.checkpoint is None:
@@ -299,8 +300,8 @@ def _parser() -> CommandParser:
         "--prompts_file",
         type=Path,
         metavar="FILE",
-        help=f"more prompts: a .txt file with a text in each line, or a .jsonl file (one per line) or a .json file (a "
-        f"list) of prompts, each {FORMS}",
+        help="more prompts: a .txt file with a text in each line, a .jsonl file with a prompt in each line, "
+        f"or a .json file with a list of prompts. Such a prompt is {FORMS}",
     )
     add_flags(parser, GenerationSettings)
     parser.add_argument(
@@ -324,13 +325,13 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--parallelize",
         action="store_true",
-        help="spread the model over all GPUs, and over the CPU if it does not fit there",
+        help="spread the model over all GPUs; layers that do not fit on the GPUs go to the CPU",
     )
     parser.add_argument(
         "--efficiency",
         action="store_true",
-        help="also measure time to the first token, time per token, bytes of the cache and peak memory. Measured are "
-        "the checkpoint, its base and its donor; or the checkpoint and the models of --compare_with",
+        help="also measure time to the first token, time per token, bytes of the cache and peak memory, "
+        "of the checkpoint, its base and its donor; with --compare_with, of the checkpoint and those models",
     )
     add_flags(parser, EfficiencySettings)
     parser.add_argument("--skip_generation", action="store_true", help="evaluate or measure only, write no texts")

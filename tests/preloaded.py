@@ -1,8 +1,9 @@
-"""A `python` for shell scripts that has torch and transformers imported already, which takes longer than the commands.
+"""A `python` for shell scripts that has torch and transformers imported already, to save most of the time.
 
-In: where it is to be. Out: programs there that take a script, `-c CODE` or `-m MODULE` with arguments, as python does.
-They hand them, their folder, environment and streams to a server, which forks a process to run them, and SIGINT and
-SIGTERM too. Nothing of this project is imported before. Whatever else they get, they leave to the interpreter itself.
+In: the path for the program. Out: a program there that takes a script, `-c CODE` or `-m MODULE` with
+arguments, as python does. The program sends these to a server, with its folder, environment and streams. The
+server forks a process that runs them. The program passes on SIGINT and SIGTERM. The server that
+`_start_server` starts has imported nothing of this project. Any other arguments go to the usual interpreter.
 """
 
 import atexit
@@ -59,15 +60,15 @@ def _start_server(place: str, lock: str) -> None:
 
 @contextlib.contextmanager
 def preloaded_python(start: Callable[[str, str], None] = _start_server) -> Iterator[Callable[[Path], None]]:
-    """Gives what puts the program at a path; it works as long as the context lasts.
+    """Yields a function that puts the program at a path. The program works until the context ends.
 
     All processes of a test run have one server. It ends when none of them uses it any more.
 
     Args:
-        start: `serve` forks the server from this process, which has the imports then too.
+        start: starts the server. `serve` forks it from this process, which then has the imports too.
     """
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    run = os.environ.setdefault("PRELOADED_BY", run[:16])  # as a socket's path may have 107 bytes
+    run = os.environ.setdefault("PRELOADED_BY", run[:16])  # a socket's path has at most 107 bytes
     folder = Path(tempfile.gettempdir()) / f"python-{run}"
     place, client = folder / "socket", folder / "client.py"
 
@@ -75,7 +76,7 @@ def preloaded_python(start: Callable[[str, str], None] = _start_server) -> Itera
         path.parent.mkdir(parents=True, exist_ok=True)
         quick = f'exec "{sys.executable}" -S -E "{client}" "{place}" "$0" "$@"'
         path.write_text(
-            f'#!/bin/sh\n[ "$1$2" = -u-c ] && shift\n'  # execnet says so, and needs no -u
+            f'#!/bin/sh\n[ "$1$2" = -u-c ] && shift\n'  # execnet gives -u, but does not need it
             f'case "$1" in */ray/*) ;; -c|-m|*.py) {quick};; esac\n'
             f'exec "{sys.executable}" "$@"\n'
         )
@@ -112,16 +113,16 @@ def use_large_pages() -> None:
 
 
 def skip_side_work() -> None:
-    """Leave out what libraries do beside an evaluation of all subjects, for two seconds each time."""
+    """Leave out side work of libraries: it takes two seconds in each evaluation of all subjects."""
     if "torch.utils" in sys.modules:
         importlib.import_module("torch.utils.collect_env").get_pretty_env_info = lambda: "a machine"  # it asks pip
-    if "datasets" in sys.modules:  # it pickles every table for a name that nothing is cached under
+    if "datasets" in sys.modules:  # the real one pickles every table to name a cache that nobody uses
         random_one = importlib.import_module("datasets.fingerprint").generate_random_fingerprint
         importlib.import_module("datasets.arrow_dataset").generate_fingerprint = lambda dataset: random_one()
 
 
 def serve(place: str, lock: str) -> None:
-    """Answer in the background, as long as somebody uses it."""
+    """Import the libraries, and fork a server that answers until nobody uses it."""
     gc.set_threshold(20_000)  # with Python's 700, a fifth of the imports' time is spent on garbage
     for name in _IMPORTED:
         __import__(name)
@@ -189,7 +190,7 @@ def _end_with_the_client(connection: socket.socket, child: int) -> None:
 
 
 def renew_threads() -> None:
-    """Make torch's thread pool anew in a forked process, before two threads of it would both do so and one fail."""
+    """Make torch's thread pool anew in a forked process. If two threads did this at once, one would fail."""
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         torch.set_num_threads(torch.get_num_threads())

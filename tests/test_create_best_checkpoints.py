@@ -112,7 +112,7 @@ def test_wrong_flags_end_it_before_the_first_row(flags, tmp_path):
 
 @pytest.mark.parametrize("flag", [["--layers", "1"], ["--output-dir", "x"], ["--score=0.5"], ["--from_info", "x"]])
 def test_flags_that_come_from_the_list_are_a_usage_error(flag, tmp_path):
-    assert_refused(run_command("create_best_checkpoints", *flag, cwd=tmp_path), "comes from the list", code=2)
+    assert_refused(run_command("create_best_checkpoints", *flag, cwd=tmp_path), "decides what to build", code=2)
 
 
 def test_rows_are_built_skipped_and_failed(builder, checkpoint_dir, base_dir, layers_dir, tmp_path, capsys):
@@ -140,6 +140,16 @@ def test_rows_are_built_skipped_and_failed(builder, checkpoint_dir, base_dir, la
 
 def run_nothing(jobs):
     return iter([(index, Ended("", 1.0)) for index in range(len(jobs))])
+
+
+def test_a_checkpoint_that_cannot_be_read_is_failed_with_one_advice(checkpoint_dir, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint_dir, tmp_path / "pair")
+    (folder / "checkpoint_info.json").write_text("[]")
+    [outcome] = build([Combination((1, 3), "", "", "pair")], tmp_path, run_jobs=run_nothing)
+    assert outcome.status == "failed"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folder / 'checkpoint_info.json'} cannot be read (")
+    assert line.endswith("). Build the checkpoint again. Replace it with --overwrite, or choose another --output_root.")
 
 
 def test_overwrite_skips_nothing(checkpoint_dir):

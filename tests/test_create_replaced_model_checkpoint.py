@@ -124,6 +124,10 @@ def test_dtype_and_tokenizer_options(base_dir, layers_dir, tmp_path):
     model, tokenizer = load_checkpoint(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert "<mine>" in tokenizer.get_vocab()
+    tokenizer.add_tokens([f"<mine {number}>" for number in range(4)])  # 264 embeddings are there for 260 tokens
+    tokenizer.save_pretrained(tmp_path / "large")
+    result = build(base_dir, layers_dir, tmp_path / "refused", "--tokenizer", tmp_path / "large")
+    assert_refused(result, "large has 265 tokens, but the model has only 264. Give the model's own")
 
 
 def test_special_tokens_come_from_the_donor_where_the_base_names_none(checkpoint_dir):

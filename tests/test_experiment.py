@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,19 @@ def test_a_damaged_record_is_named(record, tmp_path):
     (tmp_path / "out" / "experiment.json").write_text(record)
     result = run_command("run_experiment", experiment_file(tmp_path), "--dry_run")
     assert_refused(result, "experiment.json is damaged", "Remove it")
+
+
+def test_a_checkpoint_of_many_heads_has_a_short_name(tmp_path):
+    path = experiment_file(tmp_path)
+    experiment = run_experiment.read_experiment(path)
+    names = []
+    for count in (3, 100, 101):
+        many = replace(experiment, layers=[str(layer) for layer in range(count)])
+        [build] = [step for step in run_experiment.plan(many) if step.kind == "build"]
+        names.append(build.shown.name)
+    assert names[0] == "grafted_0_1_2"
+    assert all(len(name) < 100 for name in names)
+    assert len(set(names)) == 3
 
 
 def test_heads_that_the_search_finds_are_built(tmp_path, quick_python, monkeypatch):

@@ -114,7 +114,9 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
     assert_refused(rebuilt(of_tokenizer), "recipe in tokenizer/tokenizer.json, but")
     of_vocabulary = changed("files", "tokenizer/tokenizer_config.json", "sha256", to=digest)
     of_vocabulary["digests"]["tokenizer"] = digest
-    assert_refused(rebuilt(of_vocabulary), "recipe in tokenizer/tokenizer_config.json, but")
+    for version in ("5.24.0", "4.0"):
+        of_vocabulary["versions"]["transformers"] = version
+        assert_refused(rebuilt(of_vocabulary), "tokenizer is not the recipe's: base or donor has another one now")
     elsewhere = changed("base_model", "path", to="relative")
     assert_refused(rebuilt(elsewhere), "but it is not here. Say where it is by --base")
     short = {key: value for key, value in recipe.items() if key != "replacement_source"}

@@ -1,8 +1,8 @@
 """A store of a base's shards, next to its checkpoints. So layers without a graft are on the disk only once.
 
-FOLDER/.base_shards/DIGEST/ has one safetensors file for each of the base's layers that a checkpoint needed. The
-checkpoints have reflinks or hard links to these files. DIGEST depends on the base's files and on the dtype. A store can
-be deleted at any time; no checkpoint needs it.
+FOLDER/.base_shards/DIGEST/ has a safetensors file for each layer of the base that a checkpoint needed, and for its
+embedding and head. The checkpoints have reflinks or hard links to these files. DIGEST depends on the base's files
+and on the dtype. A store can be deleted at any time; no checkpoint needs it.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class StoredShard:
 
     @classmethod
     def of(cls, path: Path, digest: str, tensors: dict[str, str]) -> "StoredShard":
-        """Describe the file at `path`: its size and times now, and the given digests."""
+        """Describe the file at `path`: its present size, time and inode, and the given digests."""
         stat = path.stat()
         return cls(stat.st_size, digest, stat.st_mtime_ns, stat.st_ino, tensors)
 

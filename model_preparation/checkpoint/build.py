@@ -122,7 +122,9 @@ def build_checkpoint(
             testing = tasks.start(_smoke_test, checking, tasks.check)
             try:
                 if weights.has_siblings:
-                    checking.result()  # wait: siblings are read with torch, and two threads cannot import it at once
+                    # Wait: reading siblings (see write_weights.py) imports torch, and two threads must not do this
+                    # at once.
+                    checking.result()
                 weights.check_room()
             except SurgeryError:
                 checking.result()  # a failed check is reported first
@@ -130,7 +132,7 @@ def build_checkpoint(
             weights.prepare(tasks.check)
 
             def read_base() -> dict[str, dict]:
-                checking.result()  # wait for the imports: the build cannot end without them
+                checking.result()  # let the imports finish first: the build cannot end without them
                 return weights.base_files(tasks.check)
 
             reading = tasks.start(read_base)
@@ -183,7 +185,7 @@ class _Checked:
         if len(tokenizer) > graft.config.padded_vocab_size:
             raise SurgeryError(
                 f"The tokenizer in {graft.tokenizer} has {len(tokenizer)} tokens, but the model has only "
-                f"{graft.config.vocab_size}. Give the model's own tokenizer with --tokenizer."
+                f"{graft.config.padded_vocab_size}. Give the model's own tokenizer with --tokenizer."
             )
         return cls(graft, tokenizer, _generation_config(graft, tokenizer), device)
 

@@ -32,8 +32,8 @@ class GraftPlan(GraftParts):
         casts: in words, which tensors change their dtype; empty if none does.
         tokenizer: the folder that the tokenizer comes from.
         tokenizer_of: in words, whose tokenizer it is, such as "the base's".
-        tokenizer_source: the tokenizer's `Source.as_dict()`; None if it is the base's or the donor's. In a graft on
-            a checkpoint, it is what that checkpoint has recorded.
+        tokenizer_source: the tokenizer's `Source.as_dict()`; None if it is the base's or the donor's. If the
+            tokenizer is a parent checkpoint's, this field has what the parent recorded.
     """
 
     config: "LlambaConfig"

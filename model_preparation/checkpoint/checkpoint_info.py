@@ -32,7 +32,7 @@ _SCORE = (int, float, NoneType)
 _INFO_FIELDS = {  # in the notation of `check_fields`
     "replaced_layers": [int],
     "total_layers": int,
-    "config": dict,
+    "config": {"donor_type?": str, "mlp_cfg?": {"act_fn?": str}, "llama_cfg?": {"hidden_act?": str}},
     "generation_config": dict,
     "files": {"*": FILE_FIELDS},
     "digests?": {"weights?": str, "tokenizer?": str, "donor_layers?": {"*": str}},

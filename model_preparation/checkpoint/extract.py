@@ -1,8 +1,8 @@
 """Writes each layer of a donor or a Llamba into a file of its own, in a folder such as extracted_llama_layers/.
 
-The folder gets layer_NN.pt (each a plain dict of tensors), the donor's tokenizer and rotary_emb.pt. metadata.json names
-the source model and the SHA-256 of each file. Only a few blocks of bytes are in memory at a time; the model is
-never loaded. layer_store.py reads such a folder.
+The folder gets layer_NN.pt (each a plain dict of tensors), the model's tokenizer and, for a donor, rotary_emb.pt.
+metadata.json names the source model and the SHA-256 of each file. Only a few blocks of bytes are in memory at a
+time; the model is never loaded. layer_store.py reads such a folder.
 """
 
 from collections.abc import Mapping, Sequence

@@ -93,7 +93,7 @@ class GraftParts:
 
     @property
     def keeps_base_tensors(self) -> bool:
-        """Whether every tensor that is not grafted equals the base's to the bit. Healing changes them."""
+        """Whether every tensor that is not grafted is still the base's. Healing changes such tensors."""
         return self.parent is None or not is_healed(self.parent.info)
 
     def files_of(self, name: str) -> TensorFiles:

@@ -39,7 +39,7 @@ def grafted_config(
     fields.pop("_name_or_path", None)  # a path of this machine
     fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
-    # Some copies of a base's config lack this field. It is always set, so that both give the same bytes of model.pt.
+    # Some copies of a base's config lack this field. It is always set, so all copies give the same bytes of model.pt.
     fields["label2id"] = {label: int(index) for index, label in fields.get("id2label", {}).items()}
     fields["llama_layers"] = list(layers)
     fields["llama_heads"] = {str(index): list(layer_heads) for index, layer_heads in heads.items()}

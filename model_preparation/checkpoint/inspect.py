@@ -122,7 +122,8 @@ def _differences(path: Path, other: Path, pattern: str) -> Iterator[str]:
             change = difference_of(ours[name], theirs[name])
             same_dtype = ours[name].dtype == theirs[name].dtype
             kinds = "" if same_dtype else f", {ours[name].dtype} against {theirs[name].dtype}"
-            yield f"{name}  differs: at most {change.largest:.3e}, relative {change.relative:.3e}{kinds}"
+            not_finite = f", NOT FINITE in one or both: {change.not_finite}" if change.not_finite else ""
+            yield f"{name}  differs: at most {change.largest:.3e}, relative {change.relative:.3e}{kinds}{not_finite}"
         differing += 1
     yield f"{equal} tensors are the same in {path} and {other}, {differing} are not"
 

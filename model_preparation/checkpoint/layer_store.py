@@ -53,7 +53,7 @@ class LayerStore:
     """A folder written by `extract_layers`.
 
     Args:
-        hint: the model that the error's advice names; None if it is unknown.
+        hint: the model to extract, for the error message about a missing metadata.json; None if it is unknown.
 
     Attributes:
         metadata: the fields of the folder's metadata.json.
@@ -255,7 +255,7 @@ class LayersOfSeveral(LayerStore):
 
 
 class ModelLayers(LayerStore):
-    """The layers of a donor in its own files. Only the methods that a plan uses work.
+    """The layers of a donor in its own files. Only the methods that a plan needs are available.
 
     Raises:
         SurgeryError: as `read_config`, `check_kind` and `LlamaFiles`.

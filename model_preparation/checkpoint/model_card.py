@@ -20,7 +20,7 @@ from model_preparation.hub.licences import LlamaTerms, terms_of
 from model_preparation.hub.sources import donors_of, hub_target
 from model_preparation.terminal import escaped
 
-# The field with a measured score. If it is missing, the author gave the number in the field "mmlu_score".
+# The field with a measured score. If it is missing, a number in the field "mmlu_score" comes from the author.
 MEASURED = "mmlu_result"
 # Names on Hugging Face, by names on ModelScope, of models whose two names differ.
 _ON_HUGGING_FACE = {
@@ -202,7 +202,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
 
 
 def _healing_rows(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Table rows on a checkpoint that a recipe alone does not give: how it was healed, or what it was built on."""
+    """Table rows for a checkpoint that needs more than its recipe: how it was healed, or what it was built on."""
     if "healing" not in info:
         return [("built on", f"{_code(info['descent'][-1]['from']['id'])}; the recipe needs this checkpoint too")]
     healing = info["healing"]

@@ -69,7 +69,7 @@ def listed_code(info: Mapping[str, Any]) -> dict[str, dict]:
 
 
 def code_in(directory: Path) -> dict[str, dict]:
-    """{"bytes", "sha256"} of the code in a folder, by name. It comes from checkpoint_info.json, if there is one."""
+    """{"bytes", "sha256"} of the code in a folder, by name; taken from checkpoint_info.json, if there is one."""
     if (directory / INFO).is_file():
         return listed_code(read_info(directory))
     return describe_files(directory, "*.py")

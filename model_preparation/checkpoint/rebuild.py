@@ -1,7 +1,7 @@
 """Builds a checkpoint again from its checkpoint_info.json, and compares the new files with the recorded digests.
 
 checkpoint_info.json is the recipe: it names base, donor and layers, and has the digest of every file, in a few
-kilobytes. Base, donor and recipe are enough to make the checkpoint.
+kilobytes. Base, donor and recipe are enough to make most checkpoints. `needs_parent` names the others.
 """
 
 import tempfile
@@ -64,7 +64,7 @@ def rebuild_checkpoint(
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Returns:
-        Notes on files that differ although model and tokenizer are equal, with the reason. Usually the list is empty.
+        Notes: files that differ although the model is equal, with the reason; a left-out MMLU score. Usually none.
 
     Raises:
         SurgeryError: if the recipe cannot be read; if base or donor are missing, or are not the recipe's; or if
@@ -206,7 +206,7 @@ def _layers_of_one(
 
 
 def _sha256_of_old_file(store: LayerStore, index: int) -> str:
-    """The SHA-256 of a layer's file if torch.save writes it, as the first versions did."""
+    """The SHA-256 that a layer's file would have if torch.save had written it, as in the first versions."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -237,6 +237,15 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | N
         raise SurgeryError(
             f"The new checkpoint is not the recipe's model ({'; '.join(changes)}). Give the recipe's donor."
         )
+    recorded = wanted.get("digests", {}).get("tokenizer")  # equal under all versions of transformers that we support
+    is_same_tokenizer = recorded == found["digests"]["tokenizer"]
+    if recorded is not None and not is_same_tokenizer:
+        source = wanted.get("tokenizer_source")
+        holder = _name_of(source) if source else "base or donor"
+        raise SurgeryError(
+            f"The new checkpoint's tokenizer is not the recipe's: {holder} has another one now. Give the "
+            "base and the donor with the tokenizer of that time."
+        )
     names = (found["files"].keys() | wanted["files"].keys()) - {TENSOR_DIGESTS}  # compared above
     ids = [[source["id"] for source in (info["base_model"], *donors_of(info))] for info in (found, wanted)]
     if ids[0] != ids[1]:
@@ -245,7 +254,7 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | N
     programs = differences(_programs_of(wanted), _programs_of(found), of_both=True)
     is_same_library = wanted["versions"].get("transformers") == found["versions"]["transformers"]
     unexplained = [name for name in files if not programs or (is_same_library and name.startswith(_TOKENIZER_FILES))]
-    if wanted.get("digests", {}).get("tokenizer") == found["digests"]["tokenizer"]:
+    if is_same_tokenizer:
         # Before 0.3.0, tokenizer_config.json also said whether HF_HUB_OFFLINE was set.
         unexplained = [name for name in unexplained if not name.endswith("tokenizer_config.json")]
     if unexplained:

@@ -1,7 +1,8 @@
 """Uploads a checkpoint to a repository on ModelScope or Hugging Face.
 
-The repository gets the files that checkpoint_info.json lists, checkpoint_info.json without this machine's paths, and
-README.md (the card). The checkpoint's folder is only read.
+The repository gets the chosen files that checkpoint_info.json lists, and checkpoint_info.json without this
+machine's paths. It also gets README.md (the card), and NOTICE if a licence asks for it. The checkpoint's
+folder is only read.
 """
 
 import hashlib

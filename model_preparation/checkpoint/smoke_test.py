@@ -1,6 +1,7 @@
 """One short forward pass of a grafted model, while its files are written. If a logit is not finite, the build fails.
 
-The weights stay in their files. A few rows of a matrix at a time are read, cast, moved to the device, used and freed.
+Large matrices stay in their files: a few rows at a time are read, cast, moved to the device, used and freed.
+Small tensors and grafted heads are loaded.
 """
 
 from collections.abc import Callable

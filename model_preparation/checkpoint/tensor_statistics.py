@@ -33,15 +33,17 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two tensors differ.
+    """How two tensors differ. A place counts only if both numbers there are finite.
 
     Attributes:
         largest: the largest absolute difference of two numbers at the same place.
         relative: the norm of the difference, divided by the norm of the second tensor; NaN if that is 0.
+        not_finite: in how many places the numbers differ and at least one is not finite. NaN equals NaN.
     """
 
     largest: float
     relative: float
+    not_finite: int
 
 
 def statistics_of(place: TensorRange) -> Statistics:
@@ -67,12 +69,17 @@ def statistics_of(place: TensorRange) -> Statistics:
 def difference_of(ours: TensorRange, theirs: TensorRange) -> Difference:
     """The difference of two tensors of the same shape. Their dtypes may differ. Each is read once."""
     largest = squares = norm = 0.0
+    not_finite = 0
     for a, b in zip(_pieces(ours), _pieces(theirs), strict=True):
-        change = a.double() - b.double()
-        largest = max(largest, change.abs().max().item())
+        a, b = a.double(), b.double()
+        finite = torch.isfinite(a) & torch.isfinite(b)
+        not_finite += int((~finite & (a != b) & ~(a.isnan() & b.isnan())).sum())
+        a, b = a[finite], b[finite]
+        change = a - b
+        largest = max(largest, change.abs().max().item() if change.numel() else 0.0)
         squares += change.square().sum().item()
-        norm += b.double().square().sum().item()
-    return Difference(largest, math.sqrt(squares / norm) if norm else math.nan)
+        norm += b.square().sum().item()
+    return Difference(largest, math.sqrt(squares / norm) if norm else math.nan, not_finite)
 
 
 def _pieces(place: TensorRange) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """Compares a checkpoint's tensors with their recorded digests, the config, the base and the donor.
 
-A whole tensor is in memory only if its dtype must be cast.
+A whole tensor is in memory only if its dtype must be cast, or if it is put together from grafted heads.
 """
 
 import functools
@@ -222,7 +222,10 @@ class TensorChecks:
         return str(source.get("path") or source.get("id"))
 
     def _layers_of(self, store: LayerStore) -> list[int]:
-        """The layers from the donor in `store`, or from the first donor if `store` has no donor of the checkpoint."""
+        """The grafted layers that come from the donor of `store`.
+
+        If the checkpoint has no layers from this donor, they are those of the checkpoint's first donor.
+        """
         donors = donors_of(self._info)
         source = store.metadata["source"]
         chosen = next((d for d in donors if all(d.get(name) == source[name] for name in source)), None)

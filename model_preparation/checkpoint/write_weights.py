@@ -5,7 +5,8 @@ that share extents (XFS, Btrfs), the two files share tensors with each other, wi
 with checkpoints of the same base in the same folder ("siblings"). Ten such checkpoints take the disk space of one, plus
 ten times the grafted layers.
 
-Format hf has one safetensors file ("shard") per layer. base_store.py stores untouched layers once for all checkpoints.
+Format hf has one safetensors file ("shard") per layer, one for the embedding and one for the head.
+base_store.py stores the shards of a base once for all checkpoints.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -177,7 +178,7 @@ class GraftWeights:
 
 
 def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: Advance) -> dict[str, dict]:
-    """Write the weights of a model in memory; returns {"bytes", "sha256"} of the .pt files by name.
+    """Write the weights of a model that is in memory; returns {"bytes", "sha256"} of the .pt files by name.
 
     Args:
         advance: called with the size in bytes of each written piece or shard.

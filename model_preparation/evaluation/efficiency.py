@@ -46,7 +46,7 @@ MEASURED = {
     "cache_bytes": ("cache", "MB", 1e6),
     "peak_memory_bytes": ("peak memory", "MB", 1e6),
 }
-TOKENS = 16  # generated after each context
+TOKENS = 16  # generated after the first new token of each context
 ROUNDS = 3
 _CONTEXTS = (128, 512, 2048)  # by default, those of them that fit into the models' positions
 _WARM_UP_TOKENS = 32
@@ -215,7 +215,7 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
     if expected not in (None, size_bytes):
         raise SurgeryError(
             f"The cache of {name} holds {size_bytes:,} bytes after {context} tokens, but its config says {expected:,}. "
-            "The memory figures would be wrong. Report this problem with the model's config.json."
+            "The memory figures would be wrong. Report this problem, and add the model's config.json."
         )
     return {
         "first_token_seconds": statistics.median(first for first, _, _ in rounds),

@@ -62,7 +62,8 @@ def evaluate_checkpoint(
     """Score a checkpoint or another model, and write the answers to the disk as soon as they are known.
 
     After an interruption, the same call continues and gives the same result. If MMLU was evaluated completely before,
-    no model is loaded. A score of the whole task group mmlu is written into the checkpoint's checkpoint_info.json.
+    no model is loaded. Without `server`, a score of the task group mmlu is written into the checkpoint's
+    checkpoint_info.json, even a score with a limit.
 
     Args:
         directory: the checkpoint's folder; or the name, folder or hub id of another model. With `server`: the
@@ -72,7 +73,8 @@ def evaluate_checkpoint(
 
     Returns:
         The fields that `evaluate_model` returns, and:
-        model, weights: digests of weights, config and tokenizer; and one digest of all these.
+        model: digests of weights, config and tokenizer.
+        weights: one digest of all that `model` has.
         date, results_dir: the time, and the folder of this evaluation.
         kept: whether all answers are from an earlier run.
         entered: whether checkpoint_info.json has this score now.

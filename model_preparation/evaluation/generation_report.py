@@ -36,7 +36,7 @@ _KEPT = (
 
 
 class GenerationReport:
-    """Lets a checkpoint write texts, then other models.
+    """Lets a checkpoint write texts, and then lets other models write texts.
 
     Args:
         prompts: the same for all models.

@@ -2,7 +2,7 @@
 
 A folder may have the questions in any of four layouts. The same questions give the same rows in every layout:
 {"question": str, "choices": [4 str], "answer": 0 to 3}. Nothing is guessed or repaired: the choices None and NA are
-texts like any other. An error names the file and the line.
+texts like any other. The error for a malformed row names the file and the row or line.
 """
 
 import csv
@@ -74,9 +74,10 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
             - `{dev,test}/<subject>_{dev,test}.csv`, the original: no header; question, A, B, C, D, the answer's letter;
             - `<subject>/{dev,test}.jsonl` or `{dev,test}/<subject>.jsonl`: an object with question, choices and answer
               per line, UTF-8.
-            Answers are 0 to 3 or A to D; other columns and fields are ignored. Instead of a folder: the word `hub`
-            (cais/mmlu at Hugging Face) or `modelscope` (the copy at ModelScope). Downloads stay in the hubs' caches,
-            where they are found without a network. None: the environment variable MMLU_DATA if it is set, else `hub`.
+            Answers are 0 to 3 or A to D, in csv files only A to D. Other columns of parquet files and other
+            fields of jsonl files are ignored. Instead of a folder: the word `hub` (cais/mmlu at Hugging Face)
+            or `modelscope` (the copy at ModelScope). Downloads stay in the hubs' caches, where they are found
+            without a network. None: the environment variable MMLU_DATA if it is set, else `hub`.
         num_fewshot: the number of solved examples that each subject must have.
 
     Raises:
@@ -291,8 +292,8 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
             f"{file} has the columns {', '.join(table.column_names)}, but needs {', '.join(unclear)} once each. "
             "Give files in the layout of cais/mmlu with --mmlu_data."
         )
-    for index, row in enumerate(table.select(FIELDS).to_pylist()):
-        yield f"Row {index}", row
+    for number, row in enumerate(table.select(FIELDS).to_pylist(), 1):
+        yield f"Row {number}", row
 
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:

@@ -1,9 +1,9 @@
 """Recall tasks: documents of a chosen length, made from a seed, in which the model must look something up.
 
 Each is a task of lm-eval. A task of RULER (arXiv 2404.06654) has RULER's fields, prompts and metric. `mqar` follows
-Zoology (arXiv 2312.04927). A length counts the tokens of the model's own tokenizer, including the answer. In the task
-NAME, the model generates the answer. NAME_choice has the same documents, but there the model's answer is the likeliest
-of four values in the text.
+Zoology (arXiv 2312.04927). A length counts the tokens of the model's own tokenizer, including the answer.
+In most tasks, the model generates the answer. In NAME_choice and embedded_recall, the model's answer is the
+likeliest of four choices from the text. NAME_choice has the same documents as the task NAME.
 """
 
 import itertools
@@ -184,7 +184,10 @@ class RecallRecipe:
             yield self._document(name, length, index, size)
 
     def _largest_that_fits(self, name: str, length: int) -> int:
-        """The largest number of pairs or sentences with which the first document fits. It is found by bisection."""
+        """The largest number of pairs or sentences with which the first document fits, found by bisection.
+
+        If documents share their pairs, the longest document of the first group is tried instead.
+        """
         maker = _maker(name)
         index = maker.sharing - 1
         first = self._document(name, length, index, maker.least)

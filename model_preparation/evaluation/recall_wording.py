@@ -1,4 +1,7 @@
-"""The words of the recall tasks, in English and Chinese. The English prompts are RULER's (arXiv 2404.06654)."""
+"""The words of the recall tasks, in English and Chinese.
+
+The English prompts, except `kv`, are RULER's (arXiv 2404.06654).
+"""
 
 from dataclasses import dataclass
 

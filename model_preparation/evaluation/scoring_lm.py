@@ -30,7 +30,8 @@ MIN_PREFIX_TOKENS = 8
 # `batch_size="auto"`: the most rows, and the most tokens with padding, per forward pass.
 AUTO_ROWS = 64
 AUTO_TOKENS = {"cpu": 512, "cuda": 32_768}
-# The most tokens per batch of generated texts. They are more, because each step reads the weights once for all rows.
+# The most tokens per batch of generated texts. These limits are higher than AUTO_TOKENS, because each step of
+# generation reads the weights once for all rows.
 WRITING_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 
@@ -291,7 +292,7 @@ def padded(batch: list[Row], skipped: int) -> tuple[Tensor, Tensor]:
 
 
 def answers_of(batch: list[Row], scores: list[Tensor], requests: Sequence[tuple]) -> list[tuple[int, Answer]]:
-    """(index of the request, answer) for all requests of a batch. Copies from the device only once."""
+    """(index of the request, answer) for all requests of a batch; copied from the device together."""
     indices, sums, greedy = [], [], []
     for row, score in zip(batch, scores, strict=True):
         best = score.argmax(dim=-1)  # (scored,)

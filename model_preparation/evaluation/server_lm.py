@@ -78,8 +78,8 @@ class Server(NamedTuple):
         The first time, there is nothing to compare with, and the new log-probabilities are kept.
 
         Raises:
-            SurgeryError: if the model is another one, if the server gives no log-probabilities, or if its tokens are
-                not those of `tokenizer`.
+            SurgeryError: if the model is another one, if the server gives no log-probabilities, or if the
+                server and `tokenizer` make different numbers of tokens.
         """
         body = {"model": self.about["model"], "prompt": _PROBE, "max_tokens": 1, "temperature": 0}
         answer = self.complete({**body, "logprobs": 1, "echo": True})
@@ -123,7 +123,7 @@ def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any]
         said = " ".join(response.text.split())[:300]
         raise SurgeryError(
             f"The server at {url} refuses a request for {path}: HTTP status {response.status_code}, {said!r}. "
-            f"Name a server that takes such requests by --server, {_ADDRESS}."
+            f"Give a --server that takes such requests, {_ADDRESS}."
         )
     try:
         answer = response.json()
@@ -131,8 +131,8 @@ def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any]
     except ValueError as error:
         missing = "log-probabilities of prompts" if fields is _SCORES else f"{path} in the form of OpenAI's API"
         raise SurgeryError(
-            f"The server at {url} does not give {missing} ({error}). Name a server that does by --server: vLLM, or "
-            "layer-surgery serve."
+            f"The server at {url} does not give {missing} ({error}). Give another --server, such as one "
+            "of vLLM or layer-surgery serve."
         ) from error
     return answer
 

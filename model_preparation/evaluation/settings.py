@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def limit_note(limit: int, tasks: Sequence[str]) -> str:
-    """A note for people that says whether --limit counts per subject or per task."""
+    """A text that tells the user whether --limit counts per subject or per task."""
     return f"--limit {limit} is per {'subject' if any(name.startswith('mmlu') for name in tasks) else 'task'}"
 
 

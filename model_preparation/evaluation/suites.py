@@ -29,7 +29,7 @@ _RECALL = {  # recall_tasks.py makes the documents; answers are generated, excep
 }
 # Added to the suite recall if --task_data says where their questions are.
 _WITH_DATA = {name: Protocol(metric="contains") for name in ("fda", "swde", "squad_completion")}
-# For the embedded pair, in place of `_RECALL`.
+# For the embedded pair (tiny_llama and tiny_llamba), in place of `_RECALL`.
 _EMBEDDED = {name: Protocol() for name in ("embedded_recall", "embedded_recall_generated")}
 _ZERO_SHOT = {
     "lambada_openai": Protocol(metric="acc"),

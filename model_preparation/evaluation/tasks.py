@@ -64,7 +64,7 @@ class Tasks:
         manager: a TaskManager of lm-eval, which its evaluation requires.
         items: lm-eval's tasks and groups, one or several per name.
         questions: MMLU's, if a name is MMLU or part of it.
-        digests: the digests of the user's own task definitions, {last part of the path: digest}.
+        digests: the digests of task definitions that are not lm-eval's, {last part of the path: digest}.
         made: the settings that the documents of recall tasks depend on.
         suite: the name of the suite, if these are its tasks.
         metrics: {task or group: the metric that counts}, where the suite sets one.
@@ -164,14 +164,13 @@ def load_tasks(
                 elif name in made:
                     assert recall is not None
                     tasks.items += recall.tasks(name)
-                elif _path_of(name).exists():
-                    tasks.items += _load_path(_path_of(name))
-                    short = short_name(name)
-                    tasks.digests[name if short in tasks.digests else short] = _digest(_path_of(name))
                 else:
-                    given = (task_data or {}).get(name)
+                    path, given = _path_of(name), (task_data or {}).get(name)
                     with nullcontext() if given is None else _questions_from(Path(given).expanduser()):
-                        tasks.items += _load_stock(name)
+                        tasks.items += _load_path(path) if path.exists() else _load_stock(name)
+                    if path.exists():
+                        short = short_name(name)
+                        tasks.digests[name if short in tasks.digests else short] = _digest(path)
             except _OUT_OF_REACH as error:
                 raise SurgeryError(
                     f"The data of the task {name} cannot be reached ({one_line(error)}). Check the network connection, "

@@ -83,7 +83,7 @@ def fetch_snapshot(
         hub: a key of `TITLES`.
         repo, revision: the repository's id and its branch, tag or commit; None means the hub's default branch.
         allow_patterns, ignore_patterns: `fnmatch` patterns of paths in the repository; `*` matches `/` too. For each
-            folder that the first patterns name without `*`, ModelScope's client sends one request.
+            folder that `allow_patterns` name without `*`, ModelScope's client sends one request.
 
     Raises:
         NoSnapshot: if neither the hub nor its cache has the files.

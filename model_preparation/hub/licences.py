@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 class LlamaTerms:
     """What a Llama licence demands for a model with Llama's weights, in addition to a copy of the licence.
 
-    `begins` is a pattern for the beginning of the model's name, and `beginning` is an example. A text file with the
-    weights must hold `notice`.
+    `begins` is a pattern for the beginning of the model's name, and `beginning` is an example. A text file
+    next to the weights must hold `notice`.
     """
 
     title: str
@@ -97,8 +97,8 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
         given: the id that the user names. If known sources demand licences, it must be one of these, or "other".
 
     Raises:
-        SurgeryError: if no licence is given, and a source's licence is unknown or the sources' licences differ. Also if
-            the given licence contradicts the licence of a source.
+        SurgeryError: if no licence is given, and a source's licence is unknown or several licences are
+            possible. Also if the given id is malformed, or contradicts the licence of a source.
     """
     first, *others = donors_of(info)
     sources = {"base": info["base_model"], "donor": first}

@@ -24,7 +24,7 @@ class Hub(Protocol):
     endpoint: str
 
     def look_up(self, repo: str) -> bool | None:
-        """Sign in. Return whether the repository is private; None if the token shows no such repository."""
+        """Sign in. Return whether the repository is private; None if the token sees no such repository."""
 
     def create(self, repo: str, *, private: bool, licence: str) -> None:
         """Make the repository."""
@@ -33,7 +33,7 @@ class Hub(Protocol):
         """The SHA-256 of the branch's files, by path. Files for which the hub gives no SHA-256 are left out."""
 
     def upload(self, folder: Path, repo: str, branch: str | None, message: str) -> None:
-        """Commit all files of `folder` to the root of the branch; links are followed. Its other files stay."""
+        """Commit all files of `folder` to the branch's root. Follow links. The branch keeps its other files."""
 
 
 class ModelScopeHub:

@@ -29,7 +29,8 @@ HELD_BY = ".held_by"
 
 _NAME = re.compile(r"(?P<target>.+)\.partial(?P<owner>-.+)?", re.DOTALL)
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_held_without_lock: set[Path] = set()  # by this process; an earlier one with the same id may have left others
+# The folders that this process holds without a lock. An earlier process with its id may have left more.
+_held_without_lock: set[Path] = set()
 
 
 class Hold:

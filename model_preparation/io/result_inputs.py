@@ -58,7 +58,7 @@ def differences(recorded: Inputs, asked: Inputs, *, of_both: bool = False) -> li
 
 
 def name_of(given: str | Path) -> str:
-    """The name of a file or folder, after links, `.` and `..`. For a path that does not exist, its last part."""
+    """The name of a file or folder, with links, `.` and `..` resolved; of a missing path, the last part."""
     path = Path(given).expanduser()
     return path.resolve().name if path.exists() else path.name
 

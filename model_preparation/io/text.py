@@ -34,7 +34,8 @@ def read_text(path: Path) -> str:
     """The text in a file. Every line end is changed to a newline.
 
     Raises:
-        ValueError: as from `decode`; also for FIFOs and devices, which may never end.
+        ValueError: as from `decode`; also for devices, sockets and FIFOs, which may never end. But
+            FIFOs in /dev are read, such as that of <(command).
         OSError: if the file cannot be read.
     """
     _check_kind(path)

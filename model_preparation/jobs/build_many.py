@@ -1,7 +1,8 @@
 """Builds many checkpoints: create_replaced_model_checkpoint.py builds each combination in a process of its own.
 
-A complete checkpoint is skipped if its checkpoint_info.json fits the request. No hub is asked for this: a base on this
-disk is compared by the digests of its files, and a base from a hub by its id and its revision.
+A complete checkpoint is skipped if its checkpoint_info.json fits the request. No hub is asked for this. A
+base on this disk is compared by the digests of its files. A base from a hub is compared by its id, and by its
+commit if one is given.
 """
 
 import argparse
@@ -93,11 +94,13 @@ def _skip_or_fail(combination: Combination, path: Path, flags: argparse.Namespac
         differing = differences(path, combination, flags)
         status, note = ("failed", "differs: ") if differing else ("skipped", "")
         note += "; ".join(differing or remarks(path, combination))
+        fault = f"{path} is complete, but not as asked: {note}."
     except SurgeryError as error:
         status, note = "failed", str(error)
+        fault = note
     if status == "failed":
         advice = "Replace it with --overwrite, or choose another --output_root."
-        print(f"{path} is complete, but not as asked: {note}. {advice}", file=sys.stderr, flush=True)
+        print(f"{fault} {advice}", file=sys.stderr, flush=True)
     else:
         print(f"{path} is complete already" + (f" ({note})" if note else ""), flush=True)
     return Outcome(combination, status, time.monotonic() - started, path, note)
@@ -119,7 +122,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def differences(folder: Path, combination: Combination, flags: argparse.Namespace) -> list[str]:
-    """How a checkpoint differs from the request in layers, format, dtype, base, donor's layers and tokenizer.
+    """How a checkpoint differs from the request in layers, heads, format, dtype, base, donor or tokenizer.
 
     Args:
         folder: a complete checkpoint.
@@ -155,7 +158,7 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
     if recorded["format"] != "both":
         asked["format"] = flags.format or "pt"
     found = differences_of(recorded, asked)
-    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # a list cannot name donors, so it has one folder
+    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # the only one: a list cannot name donors
     if parent is not None:
         parents = step.get("from", {}), describe_parent(parent, read_info(parent))
         digests = ({"tensors": each.get("tensor_digests_sha256")} for each in parents)

@@ -71,7 +71,7 @@ def read_list(path: Path) -> list[Combination]:
 
 
 def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
-    """The best combinations of a search; also the builder's flags, with values, for the base and donor of the search.
+    """The best combinations of a search, and builder flags with the search's base, donor and tokenizer.
 
     Args:
         path: search_result.json, or an older program's result file.
@@ -83,7 +83,7 @@ def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
     path = path.expanduser()
     found = read_result(path)
     if found.failures:
-        print(f"{found.failures} entries of {path} are left out: their score is 0, so their evaluation failed")
+        print(f"{found.failures} entries of {path} are left out: a score of 0 means a failed evaluation")
     combinations = []
     for rank, each in enumerate(found.entries[:count], start=1):
         is_mmlu = found.is_mmlu and each.score is not None and 0 <= each.score <= 1

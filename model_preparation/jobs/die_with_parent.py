@@ -1,7 +1,8 @@
 """`python die_with_parent.py PARENT COMMAND...`: runs COMMAND in this process, which is killed when PARENT ends.
 
-So a killed worker or batch leaves no running build or evaluation. This works on Linux only, by prctl(2) with
-PR_SET_PDEATHSIG, which stays set after exec. process.py runs this file. To start quickly, it imports little.
+PARENT is a process id. If a worker or the user's command is killed, its builds and evaluations end too. This
+works on Linux only, by prctl(2) with PR_SET_PDEATHSIG, which stays set after exec. process.py runs this file.
+To start quickly, it imports little.
 """
 
 import ctypes

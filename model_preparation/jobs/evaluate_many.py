@@ -91,7 +91,8 @@ def evaluate_all(
     Args:
         candidates: checkpoints in different folders.
         flags: flags for the evaluator, as the user typed them: --limit 100, ...
-        results_dir: gets a folder of results with each checkpoint's name; by default results go into the checkpoint.
+        results_dir: gets one folder of results per checkpoint, with the checkpoint's name. By default,
+            results go into the checkpoint's folder.
         needs: the paths in `flags`, which must exist on every machine.
         run_jobs: how evaluations run: `run_in_turn` or a `RayRunner`.
         evaluator: the Python file that evaluates one checkpoint.

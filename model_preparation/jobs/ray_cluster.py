@@ -44,9 +44,13 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
                 f"The Ray cluster at {address} wants its token. Set RAY_AUTH_MODE=token, and put the token into "
                 "~/.ray/auth_token or RAY_AUTH_TOKEN, as on the machine that started the cluster."
             ) from error
+        if address == "local":
+            raise SurgeryError(
+                f"No Ray cluster could be started ({first_line(error)}). Try again, or leave --ray out."
+            ) from error
         raise SurgeryError(
-            f"No Ray cluster could be {'started' if address == 'local' else f'joined at {address}'} "
-            f"({first_line(error)}). Use --ray local, or start one on this machine: ray start --head"
+            f"No Ray cluster could be joined at {address} ({first_line(error)}). Use --ray local, or start one on this "
+            "machine: ray start --head"
         ) from error
     if address == "local" and (listens := ray.util.get_node_ip_address()) != _LOOPBACK:
         print(f"Ray was imported earlier, so it listens on {listens} and all other addresses of this machine.")

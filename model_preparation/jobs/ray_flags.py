@@ -6,9 +6,10 @@ from model_preparation.command_line import CommandParser, number
 from model_preparation.jobs.jobs import Runner, run_in_turn
 
 HELP = """\
-With --ray, many jobs run at once as tasks of a Ray cluster. Each job gets a GPU of its own if the cluster has GPUs,
-otherwise --cpus_per_job CPUs. Each job needs the memory of its model. All machines of a cluster need this program and
-all folders in the flags at the same paths, on a shared file system. If a worker is lost, another one continues its job.
+With --ray, many jobs run at once as tasks of a Ray cluster. Each job gets --cpus_per_job CPUs, and a GPU of
+its own if the cluster has GPUs. Each job needs the memory of its model. All machines of a cluster need this
+program and all folders in the flags at the same paths, on a shared file system. If a worker is lost, another
+one continues its job.
 """
 
 

@@ -179,7 +179,10 @@ class RemoteScorer:
 
 
 def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
-    """Split the indices of batches into at most `workers` shards with about equally many tokens. None is empty."""
+    """Split the indices of batches into at most `workers` shards with about equally many tokens.
+
+    No shard is empty.
+    """
     found: list[list[int]] = [[] for _ in range(min(workers, len(batches)))]
     tokens = [0] * len(found)
     # From the largest batch to the smallest, each goes to the shard with the fewest tokens so far.

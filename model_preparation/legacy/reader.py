@@ -1,8 +1,9 @@
 """The process that reads pickled decoder layers. It restricts itself first. reader_process.py starts it.
 
 The only argument is the folder to write to; each line on stdin is a file's path as JSON. First the process prints a
-JSON line with the restrictions that hold. For each file, it writes layer.safetensors into the folder, with the names of
-LlamaDecoderLayer, and prints a JSON line: attributes of the pickled objects, or {"fault": why the file is no layer}.
+JSON line with the restrictions that hold. For each file, it writes layer.safetensors into the folder, with
+tensor names as in LlamaDecoderLayer. Then it prints a JSON line: attributes of the pickled objects, or
+{"fault": why the file is no layer}.
 
 Nothing in the pickle is run. torch and Python build tensors and containers. Any other object becomes a `StandIn`,
 which keeps the object's attributes and does nothing. So classes that transformers no longer has (LlamaSdpaAttention)
@@ -23,7 +24,7 @@ from model_preparation.legacy import sandbox
 
 LAYER = "layer.safetensors"
 
-# Only these globals are used as they are. torch's loader handles typed storages itself.
+# Only these globals and dtypes are used as they are. torch's loader handles typed storages itself.
 _REAL = {
     "__builtin__.set",
     "builtins.set",
@@ -39,7 +40,7 @@ _REAL = {
 _PARAMETER_BUILDERS = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
-    "torch._utils._rebuild_from_type_v2": lambda rebuild, kind, arguments, *_: rebuild(*arguments),
+    "torch._tensor._rebuild_from_type_v2": lambda rebuild, kind, arguments, *_: rebuild(*arguments),
 }
 _USUAL = re.compile(r"(torch|transformers|accelerate|functools|collections)\.")
 _DTYPE = re.compile(r"torch\.(bool|u?int\d+|b?float\d+)")
@@ -83,7 +84,7 @@ class StandIn:
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds tensors and containers, and a StandIn for everything else; `replaced` collects their names."""
+    """Builds tensors and containers, and a StandIn for all else. `replaced` has the replaced names."""
 
     replaced: ClassVar[set[str]] = set()
 
@@ -102,7 +103,7 @@ def read_layer(path: Path, output: Path) -> dict[str, Any]:
 
     Returns:
         "config": the fields of its LlamaConfig, or None; "attention": the plain attributes of its attention; "eps":
-        the epsilon of its norms, or None; "not_run": globals that no layer needs.
+        the epsilon of its input norm, or None; "not_run": globals that no layer needs.
 
     Raises:
         ValueError: if the file does not hold a LlamaDecoderLayer.

@@ -1,7 +1,8 @@
 """The model for Hugging Face's transformers: `LlambaConfig`, `LlambaForCausalLM`, `LlambaModel` and `LlambaCache`.
 
 The model's files use relative imports (`from .mixer import ...`), because `--format hf` copies them into checkpoints.
-The first use of one of these classes imports and registers the model. Importing another file of this package does not.
+The first use of one of these classes imports and registers the model. An import of a file does not register
+it, except an import of registration.py.
 """
 
 import importlib

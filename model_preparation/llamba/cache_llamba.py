@@ -86,7 +86,10 @@ class LlambaCache(DynamicCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """For each layer, whether it has states and no K/V. Never all True: then `generate` ignores the length."""
+        """For each layer, whether it has states and no K/V.
+
+        The list is never all True, because `generate` would then ignore the length.
+        """
         kinds = super().is_linear
         return kinds if not all(kinds) else [False] * len(kinds)
 

@@ -8,7 +8,7 @@ Source of upstream's fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .transformers_versions import TESTED  # noqa: F401  first: it says so if transformers is too old for the imports below
+from .transformers_versions import TESTED  # noqa: F401  first: it reports a transformers that is too old
 
 # isort: split
 from huggingface_hub.dataclasses import strict

@@ -20,7 +20,8 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
-# Several donors of one model may differ in these settings only. Shapes, caches and masks depend on the other settings.
+# If a model has several donors, they may differ in these settings only. Shapes, caches and masks depend on
+# the other settings.
 OF_EACH_DONOR = ("rms_norm_eps", "rope_parameters", "max_position_embeddings")
 # Qwen's sliding windows: `layer_types` says which layers have a window.
 _WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}

@@ -209,7 +209,11 @@ class LlambaMixer(nn.Module):
         real: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The middle of `_mix`: convolution and recurrence. Returns y, (batch, length, d_inner), inputs and state."""
+        """The middle of `_mix`: convolution and recurrence.
+
+        Returns:
+            y (batch, length, d_inner), and `inputs` and `state` after the block.
+        """
         batch, length, _ = xBC.shape
         dtype = torch.promote_types(xBC.dtype, torch.float32)
         window = torch.cat([inputs, xBC], dim=1)  # (batch, d_conv + length, conv_dim)

@@ -159,7 +159,8 @@ class LlambaModel(LlambaPreTrainedModel):
         """
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, d_model).
-            attention_mask: (batch, past + length), 0 at padding. Padding may be anywhere. It changes no other output.
+            attention_mask: (batch, past + length), 0 at padding. Padding may be anywhere. It does not
+                affect real tokens.
             position_ids: (batch or 1, length), each token's place in its document, counted from 0. At each 0 a document
                 begins, and no layer sees the tokens before it. By default each row is one document.
             past_key_values: a `LlambaCache`, updated in place. If `use_cache` is true, a missing cache is made here.
@@ -305,7 +306,8 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: (batch, length) int64, `input_ids` or -100 where no loss is wanted; the loss shifts them by one.
+            labels: (batch, length) int64: `input_ids`, but -100 where no loss is wanted. The loss shifts them
+                by one.
             logits_to_keep: which positions get logits. An integer n: the last n positions, or all for 0. A tensor: the
                 positions in it, (kept,) for all rows alike or (batch, kept) for each row.
             The other arguments are those of [`LlambaModel`].

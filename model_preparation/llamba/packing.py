@@ -7,7 +7,10 @@ from .cache_llamba import LlambaCache
 
 
 def token_places(hidden_states: Tensor, attention_mask: Tensor | None, cache: LlambaCache | None) -> Tensor:
-    """For each token, cached ones first: how many real tokens are before it in its row. (batch or 1, past + length)."""
+    """For each token, cached ones first: how many real tokens are before it in its row.
+
+    The result is (batch or 1, past + length). Its numbers at padding have no meaning.
+    """
     if attention_mask is not None:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     past = cache.get_seq_length() if cache is not None else 0

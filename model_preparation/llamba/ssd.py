@@ -5,7 +5,8 @@ l_t = -softplus(a_t) <= 0:
     S_t = exp(l_t) S_{t-1} + x_t B_t^T        y_t = S_t C_t
 `scan` computes a whole sequence in chunks, `step` one token. State and decay are at least float32. The function
 `product_dtype` chooses the dtype of the factors in `scan`'s matrix products. `scan` and `step` take exponentials only
-of sums of l. These sums are never positive, so nothing overflows. Upstream divides by softplus(a); this code does not.
+of sums of l. These sums are never positive, so nothing overflows. The original Llamba code (see mixer.py)
+divides x by softplus(a); this code does not.
 Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomposition of a semiseparable matrix.
 """
 
@@ -41,7 +42,7 @@ def scan(
         log_decay: -softplus(a), (batch, length, H), float32 or wider.
         B: keys, (batch, length, G, N); N is the width of a head's state, and H is a multiple of G.
         C: queries, (batch, length, G, N).
-        chunk_size: tokens per chunk. Another value changes only the rounding of the result.
+        chunk_size: tokens per chunk, at most `MAX_CHUNK`. The value changes only the rounding of the result.
         initial_state: (batch, H, P, N), or None for zeros.
         D: (H,); D x is added to y.
 
@@ -131,8 +132,10 @@ def step(
 def segment_sum(values: Tensor) -> Tensor:
     """Sums over every span: out[:, i, j] = values[:, j+1] + ... + values[:, i], 0 on the diagonal, -inf above it.
 
-    A span is the difference of two running sums. In float32, small spans after a large value would be lost, so running
-    sums are float64. Each is split into two numbers of the values' dtype: its rounded value, and the rounding error.
+    A span's sum is the difference of two running sums. In float32, small sums after a large value would be
+    lost. So running sums are float64 on the devices in `HAVE_FLOAT64`. Each running sum is split into two
+    numbers of the values' dtype: its rounded value, and the rounding error. On other devices, each span is
+    summed by itself.
 
     Args:
         values: (n, Q, 1).
@@ -152,10 +155,12 @@ def segment_sum(values: Tensor) -> Tensor:
 
 
 def product_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of the factors in matrix products: half precision if the device multiplies it, else float32 or wider.
+    """The dtype of the factors in matrix products.
 
-    Sums are float32 or wider in both cases. With bfloat16 factors, each product is rounded to bfloat16 once. Upstream's
-    kernels round the factors too. The state between chunks is float32 or wider.
+    It is t's own dtype if the optional kernel runs, or if t is bfloat16 on a CPU that multiplies bfloat16.
+    Otherwise it is float32 or wider. Sums are always float32 or wider. With bfloat16 factors, each matrix
+    product is rounded to bfloat16 once. The original code's kernels also round the factors. The state between
+    chunks is float32 or wider.
     """
     if _is_for_kernel(t):
         return t.dtype
@@ -170,7 +175,10 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _is_for_kernel(t: Tensor) -> bool:
-    """Whether the optional kernel runs on this tensor. It rounds float32 to TF32, so float32 needs autocast."""
+    """Whether the optional kernel runs on this tensor.
+
+    The kernel rounds float32 to TF32, so it runs on float32 only under autocast.
+    """
     is_half = t.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
     return t.is_cuda and is_half and _has_flash_linear_attention()
 

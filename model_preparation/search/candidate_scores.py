@@ -24,7 +24,8 @@ from model_preparation.search.question_set import QuestionSet
 from model_preparation.search.settings import ACCURACY, SearchSettings
 from model_preparation.search.shared_scoring import Results
 
-_FAILURES = (SurgeryError, RuntimeError, MemoryError)  # a failed evaluation raises these; others are bugs or the disk's
+# A failed evaluation raises one of these. Other errors come from a bug or from the disk.
+_FAILURES = (SurgeryError, RuntimeError, MemoryError)
 _SEQUENCE, _NUMBER = (list, tuple), (int, float)
 _ENTRY = {"parts": _SEQUENCE, "right": str, "passes": _NUMBER, "seconds": _NUMBER}  # "parts" are the rounds' numbers
 
@@ -111,7 +112,8 @@ class CandidateScores:
         self.failed: dict[LayerSet, str] = {}
         self._entered: dict[LayerSet, None] = {}  # combinations within the budget, evaluated or not yet
         self._journaled: dict[LayerSet, dict[int, _Answered]] = {}  # by combination and round
-        # The part of `_journaled` that this run has asked for. It uses no other part, so it decides like a first run.
+        # The part of `_journaled` that this run has asked for. A run that continues a search uses no other
+        # part, so it decides like a first run.
         self._known: dict[LayerSet, dict[int, _Answered]] = {}
         self._spent = np.zeros(2)  # (layer passes, seconds)
         self._best: LayerSet | None = None
@@ -124,7 +126,8 @@ class CandidateScores:
                 except (TypeError, ValueError, LookupError) as error:
                     raise SurgeryError(
                         f"{journal.path} has an entry that no search wrote ({type(error).__name__}: {error}), for "
-                        f"{units.word} {entry.get(units.word)!r:.80}. Remove that line, and it is evaluated again."
+                        f"{units.word} {entry.get(units.word)!r:.80}. Remove that line, and the search "
+                        "scores them again."
                     ) from error
 
     def base(self) -> Values:
@@ -144,7 +147,8 @@ class CandidateScores:
                 they are surely worse than the `keep`th best.
 
         Raises:
-            BudgetSpent: if the budget covers only the first of them, which are then evaluated, or if the time is over.
+            BudgetSpent: if the time is over, or if the budget does not cover all combinations. The first
+                combinations, which the budget covers, are evaluated before.
         """
         wanted = list(dict.fromkeys(sets))
         self.base()

@@ -79,7 +79,8 @@ def _check_settings(settings: SearchSettings) -> None:
         )
     if settings.unit == HEADS and (least > 1 or settings.max_layers is not None):
         raise SurgeryError(
-            "min_layers and max_layers count whole layers, but unit is heads. Leave them out, or give --max_heads N."
+            "min_layers and max_layers count whole layers, but unit is heads. Leave them out. "
+            "--max_heads N limits the heads."
         )
     if settings.unit != HEADS and (settings.max_heads is not None or settings.keep_mixer_heads):
         raise SurgeryError("max_heads and keep_mixer_heads are for heads, but unit is layers. Give --unit heads.")

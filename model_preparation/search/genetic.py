@@ -17,7 +17,8 @@ _ELITE_SHARE = 0.1  # share of a generation: its best sets, which stay in the ne
 _GOOD = 0.25  # share of the known sets that counts as good for the patterns
 _TOURNAMENT_SIZE = 3  # this many sets are drawn, and the best of them becomes a parent
 _CROSSOVER_RATE = 0.9  # chance that a child has two parents
-_PATTERN_RATE = 0.7  # chance that patterns choose the layer to add
+# A layer to add is drawn by weight. This is the chance that a weight comes from the patterns; else it is 1.
+_PATTERN_RATE = 0.7
 _ATTEMPTS = 20  # how often to try to make a set that is new
 
 

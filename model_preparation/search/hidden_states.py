@@ -36,7 +36,7 @@ class HiddenStates:
         self._map: mmap.mmap | None = None
         self._used = 0
         if total_bytes > memory_bytes:
-            # Each tensor goes into memory or into the file as a whole, so nearly all tensors may go into the file.
+            # Room for all tensors: no tensor is split, so memory may hold none of them.
             self._map = _map_new_file(folder, total_bytes)
 
     def put(self, layer: int, batch: int, states: Tensor) -> None:

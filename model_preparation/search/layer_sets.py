@@ -3,8 +3,8 @@
 The units of a set are its layers or its heads. Two grafts of one base share all layers before the first layer in which
 they differ. So the models of many sets form a tree (a trie), and each model is a path from the root to a leaf. At each
 layer, a path takes the base's layer, or a layer with the units that the set has in it.
-`walk` visits the tree depth first, and runs each shared layer once. It holds one more hidden state than the largest set
-has layers.
+`walk` visits the tree depth first, and runs each shared layer once. If the largest set has n layers, `walk`
+holds at most n + 1 hidden states.
 
 Search methods see only the indices of units. `Units` says which layer or head an index means.
 """
@@ -51,7 +51,10 @@ class Units:
         return unit // self.per_layer
 
     def kept_kv_heads(self, found: LayerSet) -> int:
-        """How many key/value heads a cache keeps for a set. One that several query heads share counts once."""
+        """How many key/value heads a cache keeps for a set.
+
+        A key/value head that several query heads share counts once.
+        """
         if not self.heads:
             return len(found) * self.kv_heads
         return len({unit * self.kv_heads // self.heads for unit in found})
@@ -63,7 +66,7 @@ class Units:
         return [f"{self.layer(unit)}:{unit % self.heads}" for unit in found]
 
     def read(self, written: Iterable[int | str]) -> LayerSet:
-        """The inverse of `written`. Raises ValueError for anything else."""
+        """The inverse of `written`. Raises ValueError for a text that is not like "13:16"."""
         if not self.heads:
             return tuple(written)  # type: ignore[arg-type]
         pairs = [tuple(map(int, str(each).split(":"))) for each in written]

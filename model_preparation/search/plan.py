@@ -58,7 +58,7 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         found = Cost(count, total + space.most_passes(count, space.least, space.most))
         return Bounds(found, None, count, everything)
 
-    # Sets that each lack one layer of a larger set are alike up to that layer.
+    # A set that lacks one layer of a larger set is like the larger set up to that layer.
     each_without = {size: sum(min(size, depth + 1) for depth in range(1, total + 1)) for size in range(total + 1)}
     if settings.method == "removal":
         steps = range(space.least + 1, free + 1)
@@ -85,7 +85,8 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         # With a small budget, only `width` sets of each smaller size are evaluated.
         smaller = sum(min(width, math.comb(free, size)) for size in range(2, space.least))
         before = singles + smaller if space.least > 1 else 0
-    # These methods also evaluate sets that are too small for the space: ga single layers, the others all smaller sizes.
+    # These methods also evaluate sets that are too small for the space. ga evaluates single layers, the other
+    # methods evaluate sets of all smaller sizes.
     outside = range(1, min(2, space.least) if is_genetic else space.least)
     limit = int(min(budget, space.count + sum(math.comb(free, size) for size in outside)))
     asked = sum(count for count, _ in batches)

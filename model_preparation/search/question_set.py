@@ -256,7 +256,8 @@ class _RequestRecorder(LM):
 def _ask_right_answer(task: Any, instance: Instance) -> Instance:
     """Turn a request for a text into a request for the likelihood of the right answer."""
     targets = task.doc_to_target(instance.doc)
-    if isinstance(targets, list):  # recall tasks need all of them; others accept any, and their examples show the first
+    # Recall tasks need all targets. Other tasks accept any target; their few-shot examples show the first.
+    if isinstance(targets, list):
         targets = " ".join(map(str, targets)) if isinstance(task, RecallTask) else next(iter(targets), "")
     if targets in (None, ""):
         raise _without_answer(task, instance.doc)

@@ -4,7 +4,8 @@ from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import SearchSpace, normal
 from model_preparation.search.settings import SearchSettings
 
-_LEAST_SHARE = 0.1  # every loss in the second task counts as this share of the largest loss at least, because of noise
+# Because of noise, every loss in the second task counts as at least this share of the largest loss.
+_LEAST_SHARE = 0.1
 
 
 def ratio(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
@@ -13,8 +14,9 @@ def ratio(space: SearchSpace, scores: CandidateScores, settings: SearchSettings)
     The ratio is HALO's (arXiv 2601.22156). R and C are the scores in recall and in the second task without layer i, and
     the maxima are over all layers: importance of layer i = (max R - R) / (max C - C + epsilon).
     HALO scores each model without one layer once per task. Here it is scored once, with the questions of both tasks.
-    HALO's code has an epsilon of 1e-10 and limits the ratio to 50. So if C loses nothing without a layer, that layer
-    always wins. Here the divisor is at least `_LEAST_SHARE` of the largest divisor.
+    HALO's code has an epsilon of 1e-10 and limits the ratio to 50. So if the second task loses nothing
+    without a layer, that layer always wins. Here the divisor is at least `_LEAST_SHARE` of the largest
+    divisor.
     """
     without = {layer: normal({*space.free} - {layer}) for layer in space.free}
     found = scores.evaluate(list(without.values()))

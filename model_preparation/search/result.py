@@ -1,8 +1,9 @@
 """The result of a search: the content of search_result.json. Its keys:
 
-final_results   all combinations with answers to all questions, the best first: layers, fitness, stderr, num_layers,
-                accuracy, kv_bytes_per_token. The first `COMPARED` also have p-values of paired tests against the
-                best and the base (Holm-adjusted), each with a verdict.
+final_results   the combinations with answers to all questions, the best first; the file has 10,000 at most.
+                Each has layers, fitness, stderr, num_layers, accuracy, kv_bytes_per_token. The first
+                `COMPARED` also have p-values of paired tests against the best and the base (Holm-adjusted),
+                each with a verdict.
 pareto          the best fitness for each size of the K/V cache: the base and the combinations that have more fitness
                 than all others with an equal or smaller cache
 base_score, donor_score, single_layer_results, statistics, dropped, failed, settings, and more

@@ -147,8 +147,9 @@ class SearchSettings(CheckedSettings):
         Flag(
             "FILE",
             "the result of another search: its scores of single layers or heads count as known; with --unit heads also "
-            "a list of heads, the best first: one such as 13:16 on each line, or a JSON list. The search then begins "
-            "with each head alone and the first 1, 2, ... heads together; every method continues from the good ones",
+            "a list of heads, the best first: a head such as 13:16 on each line, or a JSON list. With a "
+            "list, the search begins with each head alone and the first 1, 2, ... heads together; greedy, "
+            "beam and ga continue from the good ones",
         ),
     ] = None
     beam_width: Annotated[int, Flag("N", "beam: combinations kept for each size", _COUNT)] = 4

@@ -20,13 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from transformers.generation.streamers import BaseStreamer
 
 from model_preparation.checkpoint.load import load_checkpoint
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.untrusted_tokenizer import apply_chat_template
 
 Emit = Callable[[dict[str, Any]], None]
 
 _MAX_BODY_BYTES = 32_000_000
 _SILENCE_SECONDS = 60  # then a silent client, which blocks all others, is dropped
+_LEAST_TEMPERATURE = 1e-5  # below it, as in vLLM, the answer is greedy: divided logits could be infinite
 _NUMBER = (int, float)
 # The fields of a request: (types, default). Other fields are refused, so that nobody thinks they work.
 _COMMON: dict[str, tuple[tuple[type, ...], Any]] = {
@@ -194,11 +195,11 @@ class Answering:
         if request["max_tokens"] == 0:
             return [], torch.empty(0, self._model.config.vocab_size)
         settings: dict[str, Any] = {"do_sample": False}
-        if request["temperature"] > 0:
+        if request["temperature"] >= _LEAST_TEMPERATURE:
             settings = {"do_sample": True, "temperature": float(request["temperature"]), "top_k": 0}
             settings["top_p"] = float(request["top_p"])
             if request["seed"] is not None:
-                set_seed(request["seed"] + number)
+                set_seed((request["seed"] + number) % 2**32)  # numpy takes no other seeds
 
         def stops(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
             # transformers' `stop_strings` fail with tokenizers that have only whole words.
@@ -263,7 +264,8 @@ class _Pieces(BaseStreamer):
 
     def __init__(self, text: Callable[[list[int]], str], stop: list[str], emit: Callable[[str], None]):
         self._text, self._emit = text, emit
-        self._held_back = max((len(word) - 1 for word in stop), default=0)  # they may begin a stop word
+        # So many characters at the end are held back, because they may begin a stop word.
+        self._held_back = max((len(word) - 1 for word in stop), default=0)
         self._ids: list[int] | None = None  # None until `generate` has put the prompt
         self._sent = ""
 
@@ -305,6 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
     answers: Answering
     key: str | None
     timeout = _SILENCE_SECONDS
+    _streams = False  # whether the answer is sent in pieces, and the first was sent
 
     def do_GET(self) -> None:
         self._handle(self._get)
@@ -330,12 +333,10 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"/v1/completions": self.answers.complete, "/v1/chat/completions": self.answers.chat}.get(self.path)
         if answer is None:
             raise Refused(f"There is no {self.path!r:.80} here.", 404)
-        streams = False
 
         def emit(piece: dict[str, Any]) -> None:
-            nonlocal streams
-            if not streams:  # once status 200 is sent, this request cannot be refused
-                streams = True
+            if not self._streams:  # once status 200 is sent, this request cannot be refused
+                self._streams = True
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
                 self.end_headers()
@@ -354,6 +355,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(f"A request needs a Content-Length of at most {_MAX_BODY_BYTES:,} bytes.", 413)
         try:
             body = json.loads(self.rfile.read(int(length)))
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise Refused("The request has a text with half of a surrogate pair. Send whole characters.") from error
         except (ValueError, RecursionError) as error:
             raise Refused(f"The request is not JSON ({error}).") from error
         if not isinstance(body, dict):
@@ -366,12 +370,17 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused("The key is missing or wrong. Send it as Authorization: Bearer KEY.", 401)
 
     def _handle(self, answer: Callable[[], None]) -> None:
+        self._streams = False
         try:
             answer()
         except Refused as refused:
             self._send(refused.status, {"error": {"message": str(refused), "type": "invalid_request_error"}})
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True  # the client went away, or was silent
+        except Exception as error:  # such as too little memory for a long prompt
+            if not self._streams:
+                self._send(500, {"error": {"message": f"The server failed: {one_line(error)}", "type": "server_error"}})
+            raise  # prints the traceback
 
     def _send(self, status: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()

@@ -7,7 +7,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from model_preparation.serve.choose_engine import fault_of_graft
+from model_preparation.serve.choose_engine import fault_of_model
 
 logger = init_logger("vllm.model_preparation")  # a child of vLLM's logger prints as vLLM does
 
@@ -38,7 +38,7 @@ class LlambaSettings(VerifyAndUpdateConfig):
         """
         config = vllm_config.model_config.hf_config
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-        if fault := fault_of_graft(config.donor_type, bool(config.llama_heads)):
+        if fault := fault_of_model(config.to_dict()):
             raise ValueError(fault)
         refused = {
             "tensor parallelism": parallel.tensor_parallel_size > 1,
@@ -52,17 +52,6 @@ class LlambaSettings(VerifyAndUpdateConfig):
                 raise ValueError(
                     f"Llambas are served without {feature}: their Mamba layers do not support it. Leave it out."
                 )
-        if config.other_llama_cfgs:
-            raise ValueError(
-                "This checkpoint has layers of donors with different settings, which vLLM's model does not support. "
-                "Serve it with --engine transformers."
-            )
-        activations = {config.mlp_cfg["act_fn"], *([config.llama_cfg["hidden_act"]] if config.llama_layers else [])}
-        if activations != {"silu"}:
-            raise ValueError(
-                f"vLLM's MLPs have the activation silu, but this model has {', '.join(activations)}. Serve it with "
-                "--engine transformers."
-            )
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"  # as in our own cache, for any dtype of the weights
         if cache.enable_prefix_caching:

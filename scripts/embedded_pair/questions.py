@@ -1,4 +1,4 @@
-"""Writes the task of the embedded pair into a folder: the definition, a copy of the package's, and new questions.
+"""Writes the task of the embedded pair into a folder: a copy of the package's definition, and new questions.
 
 lm-eval's `--include_path` and our `--tasks` take this folder.
 """

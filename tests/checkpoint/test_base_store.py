@@ -1,4 +1,4 @@
-"""BaseStore: what is shared, what is made again, who may interfere, and what `clean` takes away."""
+"""BaseStore: what is shared, what is made again, several builders at once, and what `clean` removes."""
 
 import errno
 import fcntl
@@ -215,7 +215,7 @@ def test_where_nothing_can_be_shared_the_files_are_written(checkpoints, monkeypa
 
 
 def test_a_failure_leaves_no_half_file(checkpoints, monkeypatch, written):
-    """At each fsync in turn: twice of shard, record and folder."""
+    """Each of six fsyncs fails in turn: for two shards, those of shard, record and folder."""
     sync = os.fsync
     for number in range(6):
         calls = []
@@ -260,10 +260,10 @@ def test_clean_removes_what_nobody_uses(checkpoints):
     assert [path.name for path in clean_checkpoints(checkpoints.folder).paths] == ["layer_01.safetensors"]
     assert not (checkpoints.folder / STORE).exists()
     assert clean_checkpoints(checkpoints.folder).paths == []
-    store, files = checkpoints.build("again")  # and after it all starts anew
+    store, files = checkpoints.build("again")  # afterwards the store starts anew
     shutil.rmtree(checkpoints.folder / "again")
     clean_checkpoints(checkpoints.folder)
-    (checkpoints.folder / "late").mkdir()  # also for a build that was under way
+    (checkpoints.folder / "late").mkdir()  # a build that began before `clean` works too
     shard = shards_of(checkpoints.base_paths)[0]
     described, _ = store.provide(shard, checkpoints.folder / "late" / shard.file, lambda size_bytes: None)
     assert described == files[shard.file]
@@ -271,7 +271,7 @@ def test_clean_removes_what_nobody_uses(checkpoints):
 
 
 def test_clean_keeps_what_a_checkpoint_has_as_a_copy(checkpoints, monkeypatch):
-    """As a reflink looks: a file of its own, which only the SHA-256 in checkpoint_info.json ties to the store."""
+    """A copy is a separate file, as a reflink is. Only its SHA-256 ties it to the store."""
     monkeypatch.setattr(linked_files, "_hard_link", lambda source, target: False)
     monkeypatch.setattr(base_store, "can_share", lambda folder: True)
     checkpoints.build("first")

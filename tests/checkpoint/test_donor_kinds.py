@@ -26,7 +26,7 @@ from model_preparation.llamba import LlambaConfig
 from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.search.search import search_layers
 from model_preparation.search.settings import SearchSettings
-from model_preparation.serve.choose_engine import choose_engine, fault_of_graft
+from model_preparation.serve.choose_engine import choose_engine
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.settings import DistillSettings
 from model_preparation.train.distill.train_layer import Teacher
@@ -39,6 +39,8 @@ from tests.conftest import (
     run_command,
     run_python,
     seeded,
+    tiny_config,
+    tiny_llama_cfg,
 )
 from tests.search.conftest import make_questions, write_task
 from tests.test_hf_format import run_without_our_package
@@ -136,7 +138,7 @@ def test_the_checkpoint_says_its_donor_and_is_whole(made):
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_a_teacher_gives_what_the_donors_layers_give(made, name):
-    """Also beyond a window, which a layer alone does not know of: its mask comes from outside."""
+    """Also for inputs longer than the window: a layer needs a mask, and the teacher makes this mask."""
     whole = AutoModelForCausalLM.from_pretrained(made / name / "donor")
     entering = whole(IDS, output_hidden_states=True).hidden_states
     config = read_config(made / name / "donor")
@@ -156,7 +158,7 @@ def test_a_base_distilled_from_it_is_closer_to_it(made, name, tmp_path):
 
 @torch.no_grad()
 def test_norms_of_queries_and_keys_become_factors_of_the_expected_size(made):
-    """Inputs of independent channels give the mixer's keys the donor's size over `CORRELATED`."""
+    """For independent input channels, the mixer's keys are `CORRELATED` times smaller than the donor's."""
     donor = AutoModelForCausalLM.from_pretrained(made / "qwen3" / "donor")
     base = load_file(made / "qwen3" / "base" / "model.safetensors")
     layer, head_dim, width = donor.model.layers[1], 32, 64
@@ -171,10 +173,11 @@ def test_norms_of_queries_and_keys_become_factors_of_the_expected_size(made):
 
 
 def test_search_healing_and_scores_of_a_qwen3_graft(made, tmp_path, monkeypatch):
-    """The graft of all layers is the donor, so its divergence from it is 0, with and without windows."""
+    """A graft of all layers computes what the donor does: its divergence is 0, with and without windows."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
-    task = str(write_task(tmp_path / "task", "tiny_words", make_questions(6)))  # a common beginning beyond the window
+    # The questions begin alike, with more tokens than the window has.
+    task = str(write_task(tmp_path / "task", "tiny_words", make_questions(6)))
     for name in ("qwen3", "mistral"):
         parts = made / name
         settings = SearchSettings(
@@ -205,7 +208,8 @@ def test_search_healing_and_scores_of_a_qwen3_graft(made, tmp_path, monkeypatch)
     best = search_layers(of_heads("qwen2"))["final_results"][0]
     assert best["heads"] == heads
     assert best["fitness"] == pytest.approx(0, abs=1e-5), best
-    with pytest.raises(SurgeryError, match=r"attention_bias.*belongs to no head.*--layers"):  # this one has it
+    # This donor has an attention_bias.
+    with pytest.raises(SurgeryError, match=r"attention_bias.*belongs to no head.*--layers"):
         search_layers(of_heads("qwen3"))
 
     text = write_text(tmp_path / "text.txt", words=200)
@@ -245,18 +249,26 @@ def test_other_kinds_are_refused_in_one_sentence(model_type, name, flags, base_d
     assert not (tmp_path / "out").exists()
 
 
-def test_vllm_serves_grafts_of_a_llama_only(monkeypatch):
+def test_vllm_is_chosen_only_for_models_that_it_can_serve(monkeypatch):
     monkeypatch.setattr("model_preparation.serve.choose_engine.installed_vllm", lambda: "0.32.1")
-    assert fault_of_graft("llama", has_heads=False) is None
-    assert [choose_engine("auto", kind) for kind in KINDS] == ["vllm", *["transformers"] * 3]
-    assert choose_engine("auto", has_heads=True) == "transformers"
-    with pytest.raises(SurgeryError, match=r"grafted heads.*--engine transformers"):
-        choose_engine("vllm", has_heads=True)
-    with pytest.raises(SurgeryError, match=r"from a qwen3 model.*--engine transformers"):
-        choose_engine("vllm", "qwen3")
+    grafted = {"llama_layers": [1, 2], "llama_cfg": tiny_llama_cfg()}
+    unserved = {
+        "grafted heads": {"llama_heads": {"1": [0]}, "llama_cfg": tiny_llama_cfg()},
+        **{f"from a {kind} model": {**grafted, "donor_type": kind} for kind in KINDS if kind != "llama"},
+        "different settings": {**grafted, "other_llama_cfgs": {"2": {"rms_norm_eps": 1e-3}}},
+        "activation relu": {"mlp_cfg": {"intermediate_size": 48, "act_fn": "relu"}},
+        "activation gelu": {**grafted, "llama_cfg": {**tiny_llama_cfg(), "hidden_act": "gelu"}},
+    }
+    for served in ({}, grafted):
+        assert choose_engine("auto", tiny_config(**served).to_dict()) == "vllm"
+    for words, fields in unserved.items():
+        config = tiny_config(**fields).to_dict()
+        assert choose_engine("auto", config) == "transformers"
+        with pytest.raises(SurgeryError, match=rf"{words}.*--engine transformers"):
+            choose_engine("vllm", config)
 
 
-# As their publishers' config.json have them.
+# The fields in the publishers' config.json.
 PUBLISHED = {
     "Qwen3-8B": {
         **{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 36},
@@ -326,7 +338,7 @@ def test_names_and_shapes_of_the_published_models(name, tensors, parameters, tmp
 
 
 def test_donors_of_two_kinds_are_named(base_dir, layers_dir, tmp_path):
-    """Even if their settings differ only in what donors of one kind may differ in."""
+    """The error names the kinds, even if the settings differ only where donors of one kind may differ."""
     kind = KINDS["mistral"]
     config = kind.transformers_class("Config")(**donor_fields(kind, rms_norm_eps=1e-3, tie_word_embeddings=False))
     seeded(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path / "mistral")

@@ -102,7 +102,31 @@ def test_diff_names_what_two_do_not_have_in_common(tmp_path):
     )
 
 
+def test_diff_tells_numbers_that_are_not_finite_from_the_others(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    ours = {
+        "lost": torch.tensor([1.0, nan, 3.0]),
+        "alike": torch.tensor([nan, inf, -inf, 1.0]),
+        "signs": torch.tensor([inf, -inf, 2.0]),
+    }
+    theirs = {
+        "lost": torch.tensor([1.0, 2.0, 99.0]),
+        "alike": torch.tensor([nan, inf, -inf, 2.0]),
+        "signs": torch.tensor([-inf, 1.0, 2.0]),
+    }
+    save_file(ours, tmp_path / "ours.safetensors")
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    result = run_command("inspect_checkpoint", tmp_path / "ours.safetensors", "--diff", tmp_path / "theirs.safetensors")
+    assert sorted(result.stdout.splitlines()[:-1]) == [
+        "alike  differs: at most 1.000e+00, relative 5.000e-01",
+        "lost  differs: at most 9.600e+01, relative 9.696e-01, NOT FINITE in one or both: 1",
+        "signs  differs: at most 0.000e+00, relative 0.000e+00, NOT FINITE in one or both: 2",
+    ]
+
+
 def test_code_damage_and_nothing_are_refused_by_name(tmp_path):
+    """A pickle with code, a file that is cut short, and a path without a file."""
+
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "touched"), "w"))

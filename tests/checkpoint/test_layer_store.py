@@ -104,7 +104,7 @@ def test_sharded_and_pickled_donors_give_the_same_layers(donor_dir, layers_dir, 
 
 
 def renamed_donor(donor: Path, folder: Path, prefix: str, head: str | None = "lm_head.weight") -> Path:
-    """A copy of a donor whose tensors begin with `prefix` instead of "model.", beside an image's part."""
+    """A copy of a donor. Its names begin with `prefix` instead of "model.". One tensor is for images."""
     folder.mkdir()
     for path in donor.iterdir():
         shutil.copy(path, folder)

@@ -68,7 +68,7 @@ def linear_attention(attention, hidden_states: torch.Tensor) -> torch.Tensor:
         {},
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1, "attention_bias": True},
-        {"head_dim": 16},  # the heads are twice as wide as the model
+        {"head_dim": 16},  # all heads together are twice as wide as the model
     ],
     ids=["grouped", "ungrouped", "biases", "expand 2"],
 )

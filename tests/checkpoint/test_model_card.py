@@ -27,7 +27,7 @@ RESULT = {
 
 @pytest.fixture
 def info(checkpoint_dir):
-    """checkpoint_info.json of a checkpoint made of the published models."""
+    """checkpoint_info.json, changed as if the checkpoint were made of the published models."""
     info = json.loads((checkpoint_dir / "checkpoint_info.json").read_text())
     info["base_model"] |= LLAMBA
     info["replacement_source"] |= LLAMA

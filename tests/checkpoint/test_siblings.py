@@ -17,7 +17,7 @@ WIDTH = 192
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A base and a donor's layers, large enough for what they take to be told from what folders take."""
+    """A base and a donor's layers, so large that the room for folders hardly counts beside them."""
     folder = tmp_path_factory.mktemp("pair")
     ssm = {"d_state": 16, "n_v_heads": 4, "n_qk_heads": 4, "chunk_size": 8}
     base = LlambaForCausalLM(tiny_config(d_model=WIDTH, ssm_cfg=ssm, mlp_cfg={"intermediate_size": 768}))

@@ -92,7 +92,8 @@ class Caches:
         from huggingface_hub import constants
         from modelscope_hub.config import set_default_config
 
-        # These libraries read the environment at import; test_each_librarys_own_variables covers that.
+        # huggingface_hub reads the environment at import, so its constants are set here.
+        # See test_each_librarys_own_variables_and_no_network for the variables.
         for name, value in {
             "ENDPOINT": url,
             "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -429,10 +430,10 @@ def test_no_hub_within_reach_says_what_was_looked_for_where(caches):
     assert str(caches.huggingface) in message
     assert "HF_ENDPOINT" in message
     assert message.endswith("or give a folder that holds the files: its path instead of the id.")
-    assert not list(caches.modelscope.rglob("snapshots"))  # no half-made copy is left to be mistaken for one
+    assert not list(caches.modelscope.rglob("snapshots"))  # no half-made copy is left that looks whole
 
 
-# huggingface_hub anew, as it reads its variables when it is imported; modelscope was not imported before.
+# Imports huggingface_hub again, because it reads its variables at import. modelscope was not imported before.
 PROBE = """
 import sys, json
 assert "modelscope" not in sys.modules

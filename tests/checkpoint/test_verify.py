@@ -35,7 +35,7 @@ def write_checksum(folder: Path, **changes) -> None:
 
 
 def describe_anew(folder: Path) -> None:
-    """Write the tensors' digests and the checksum as a build of what is in the folder now would."""
+    """Write the tensors' digests and the checksum anew, so that they fit what is in the folder now."""
     info = json.loads((folder / "checkpoint_info.json").read_text())
     state_dict = torch.load(folder / "model_state_dict.pt", weights_only=True)
     donors = tuple(f"backbone.layers.{index}." for index in info["replaced_layers"])
@@ -74,7 +74,7 @@ def test_a_whole_checkpoint_passes_with_base_and_donor(checkpoint, base_dir, lay
     assert lines[-1] == f"Checkpoint {checkpoint} is as it was built."
     checks = {line.split()[0]: line for line in lines if line}
     assert "6 of 6 against their SHA-256" in checks["Files"]
-    assert "86 against their BLAKE3" in checks["Tensors"]  # 43 in either file
+    assert "86 against their BLAKE3" in checks["Tensors"]  # 43 in each of the two files
     assert "25 tensors" in checks["Base"]
     assert "18 tensors" in checks["Donor"]
     assert "globals of model.pt" in checks["Pickle"]
@@ -88,7 +88,7 @@ def test_what_was_not_compared_is_said_with_the_flag_that_does_it(checkpoint):
 
 
 def test_each_of_many_flipped_bytes_is_found(checkpoint):
-    """Anywhere in the folder, each file by its share of the bytes and at least 20 times."""
+    """Flips bits in each file at least 20 times, and more often in large files."""
     rng = random.Random(0)
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in paths]
@@ -160,7 +160,7 @@ def test_missing_cut_and_added_files(checkpoint, tmp_path):
 
 
 def test_in_the_hf_format_every_file_that_is_not_listed_is_a_fault(checkpoint):
-    """But results, and what hubs add. In a folder of .pt files no loader reads others, so they are notes there."""
+    """Except files of hubs, git or a killed run. In the pt format, each unlisted file here is a note."""
     unasked = {"modeling_llamba.py", "extra.safetensors", "adapter_config.json", "notes.txt", "lib/x.so", "evaluations"}
     unasked |= {"additional_chat_templates/default.jinja", "processor_config.json", "x/.git/config", "x/README.md"}
     harmless = {"configuration.json", "README.md", ".gitattributes", ".msc"}
@@ -178,7 +178,8 @@ def test_in_the_hf_format_every_file_that_is_not_listed_is_a_fault(checkpoint):
     write_checksum(checkpoint, format="both")
     found = verify(checkpoint, files_only=True)
     assert {note.split()[0] for note in found.notes} == harmless | {".git/", ".cache/", killed}
-    assert {fault.where for fault in found.faults} == unasked | {"config.json"}  # which that format must have
+    # config.json is missing, and the hf format needs it.
+    assert {fault.where for fault in found.faults} == unasked | {"config.json"}
 
 
 def test_fifos_are_faults_and_not_waited_for(checkpoint):
@@ -223,7 +224,7 @@ def test_another_base_or_donor_is_told_in_one_line(checkpoint, base_dir, donor_d
     faults = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1
     assert f"{tmp_path / 'base'} is not the base" in faults[0]
-    assert str(base_dir) in faults[0]  # which is the one
+    assert str(base_dir) in faults[0]  # the right base
     assert_refused(run_command("verify_checkpoint", checkpoint, "--base", donor_dir), "is a llama model")
     run_command("extract_layers", "--model_name", base_dir, "--output_dir", tmp_path / "mixers")
     result = run_command("verify_checkpoint", checkpoint, "--llama_layers_dir", tmp_path / "mixers")

@@ -1,4 +1,4 @@
-"""scripts/make_embedded_pair.py's training of the donor: stopped and gone on with, it gives the same weights."""
+"""The donor's training in scripts/make_embedded_pair.py: stopped and continued, it gives the same weights."""
 
 import importlib
 import sys
@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture(scope="module")
 def donor():
-    """The module that trains it, here one of two layers, saving its state every second step."""
+    """The module that trains the donor. Here a donor has two layers. Every second step is saved."""
     sys.path.insert(0, str(SCRIPTS))
     try:
         module = importlib.import_module("embedded_pair.donor")
@@ -56,7 +56,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(donor, tmp_path)
 
 
 def test_the_heads_of_the_donor_and_the_place_of_another_pair(donor, monkeypatch, capsys):
-    """A pair of other sizes does not go over the one in the package."""
+    """A pair of other sizes or steps does not replace the pair in the package."""
     assert donor.made(8).num_attention_heads == donor.made(8).num_key_value_heads == 8
     monkeypatch.syspath_prepend(SCRIPTS)
     script = importlib.import_module("make_embedded_pair")

@@ -30,6 +30,7 @@ def layers_dir(tmp_path_factory) -> Path:
 
 
 def test_the_effect_is_one():
+    """The effect of grafts in effect.json is large."""
     assert EFFECT["questions"] >= 1000
     assert EFFECT["donor"] >= 0.95
     assert EFFECT["base"] <= 0.45
@@ -95,7 +96,7 @@ def test_the_readmes_and_the_quickstart_name_the_scores_and_layers_measured():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The package as a wheel puts it somewhere, without what it requires."""
+    """The package, installed from a wheel into a folder, without its dependencies."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     shutil.copytree(

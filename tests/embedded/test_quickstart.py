@@ -1,7 +1,7 @@
-"""scripts/quickstart.sh as a newcomer runs it, but that its environment is there: from nothing to scores and answers.
+"""scripts/quickstart.sh as a newcomer runs it: from nothing but a .venv to scores and answers.
 
-So four rows of the table come out again from the weights in the package, on the first of its questions. A near tie may
-fall otherwise on another processor.
+So four rows of README's table are computed again from the weights in the package, on the first questions.
+Where two answers are nearly equal, another processor may choose the other answer.
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.conftest import HANG_SECONDS, copy_repository
 
 SCORE = re.compile(r" [ABCD]  (\d\.\d+) ±")
 ROOT = Path(__file__).parents[2]
-# Of the 1,000 questions: all take most of the test's time. The scores on these alone are noted here.
+# The first 200 of the 1,000 questions, because all of them would take long. The scores are for these 200.
 QUESTIONS, SCORES = 200, (0.285, 0.25, 0.88, 1.0)
 EFFECT = json.loads((Path(model_preparation.embedded.__file__).parent / "effect.json").read_text())
 

@@ -31,7 +31,7 @@ def asked() -> list[dict]:
 
 
 def test_no_pair_that_is_asked_about_is_ever_trained_on(trained_pairs, asked):
-    assert len(trained_pairs) == 24 * 16  # two things in three with every name, all of them seen
+    assert len(trained_pairs) == 24 * 16  # each name with two thirds of the 24 things
     for question in asked:
         name = question["context"].split()[-2]
         assert not trained_pairs & set(pairs_in(question["context"]))

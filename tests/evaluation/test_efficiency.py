@@ -14,7 +14,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation import efficiency
 from tests.conftest import assert_refused, run_command
 
-# Of the tiny models: keys and values per token and layer, and the states of a layer, in numbers.
+# How many numbers the tiny models' caches hold: K and V per token and layer, and a mixer's inputs and state.
 KV, INPUTS, STATE = 2 * 1 * 16, 4 * (32 + 2 * 2 * 8), 32 * 8
 
 

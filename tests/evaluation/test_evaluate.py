@@ -1,4 +1,4 @@
-"""Evaluating a checkpoint: killed anywhere it goes on and ends the same; no result is mixed up, lost or made up.
+"""Evaluating a checkpoint: after a kill it goes on and ends the same. No result is mixed up, lost or made up.
 
 Model: the tiny pair with two layers grafted. Questions: one or two made-up ones for each of the 57 subjects.
 """
@@ -36,7 +36,7 @@ COMPARED = ("score", "stderr", "questions", "tasks", "groups", "subjects", "sett
 
 @pytest.fixture(scope="module", autouse=True)
 def no_list_of_packages():
-    """lm-eval's description of the machine, part of its results: a second each time for running pip."""
+    """Replaces lm-eval's description of the machine, which takes a second each time because it runs pip."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
         yield
@@ -213,7 +213,7 @@ def test_the_score_is_entered_with_where_it_comes_from(evaluated):
     assert len(settings["questions"]) == len(measured["weights"]) == 64
     assert measured["date"] == result["date"]
     assert result["entered"]
-    assert verify_checkpoint(folder) == []  # sealed anew
+    assert verify_checkpoint(folder) == []  # its checksum was written again
 
 
 def test_a_score_of_fewer_questions_does_not_replace_one_of_more(evaluated, mmlu, tmp_path):
@@ -241,7 +241,7 @@ def change(folder: Path, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["model_state_dict.pt", "model.pt", "tokenizer"])
 def test_a_score_of_another_model_does_not_stay(what, evaluated, part, mmlu, tmp_path):
-    """Not even where less is asked of the other one, and its results are kept elsewhere."""
+    """Even if the other model is asked fewer questions, and its results are kept elsewhere."""
     folder, results = tmp_path / "checkpoint", tmp_path / "results"
     shutil.copytree(evaluated[0], folder, ignore=shutil.ignore_patterns("evaluations"))
     change(folder, what)

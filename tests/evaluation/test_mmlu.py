@@ -142,7 +142,7 @@ def expected(model, tokenizer, rows, *, num_fewshot=0):
 
 @pytest.fixture(scope="module")
 def without_examples(tokenizer, rows):
-    """`expected` of a kind of model."""
+    """A function: `expected` for a kind of model, computed once."""
     return functools.cache(lambda make: expected(make(len(tokenizer)), tokenizer, rows))
 
 

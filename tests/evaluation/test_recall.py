@@ -35,6 +35,7 @@ from model_preparation.evaluation.scoring_lm import ScoringLM
 from model_preparation.evaluation.tasks import load_tasks, read_configs
 from model_preparation.hub.sources import EMBEDDED
 from tests.conftest import make_tokenizer, run_command
+from tests.search.conftest import write_task
 
 LENGTHS = (1500, 2000)
 IN_BYTES = [name for name in recall_names() if not name.startswith("embedded") and not name.endswith("_choice")]
@@ -143,7 +144,7 @@ def _asked_of(row: dict) -> str:
 
 
 def test_scores_are_those_of_lm_eval_s_ruler_on_the_same_documents():
-    """lm-eval's own definition, with our documents in place of those that it would download filler for."""
+    """lm-eval's own definition, with our documents. For its own documents, it would download filler."""
     definition = load_yaml(Path(lm_eval.tasks.ruler.__path__[0]) / "niah_single_1.yaml", resolve_func=False)
     metric = {"metric": "4096", "aggregation": common_utils.aggregate_metrics, "higher_is_better": True}
     changes = {"process_results": common_utils.process_results, "metric_list": [metric]}
@@ -262,6 +263,18 @@ def test_the_questions_of_a_task_of_lm_eval_come_from_a_folder(tmp_path, tiny_ll
         evaluate_model(*tiny_llamba, tasks=["fda"], task_data=[f"fda={tmp_path / 'fda'}"])
 
 
+def test_the_questions_of_your_own_task_come_from_a_folder_too(tmp_path, tiny_llamba, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    names = ("Ada", "Mia", "Rosa", "Lea")
+    rows = [{"context": f"{name} likes", "choices": [" figs", " tea"], "answer": 0} for name in names]
+    folder = write_task(tmp_path / "mine", "mine", rows)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    for task in (folder, folder / "mine.yaml"):
+        result = evaluate_model(*tiny_llamba, tasks=[str(task)], task_data=[f"{task}={tmp_path / 'data'}"])
+        assert result["questions"] == 3
+
+
 @pytest.mark.parametrize("name", ["embedded_recall", "embedded_recall_generated"])
 def test_prompts_that_do_not_fit_are_an_error_or_counted(name, tiny_llamba):
     model, tokenizer = tiny_llamba
@@ -275,9 +288,9 @@ def test_prompts_that_do_not_fit_are_an_error_or_counted(name, tiny_llamba):
 
 
 def test_generated_answers_are_those_of_stock_lm_eval(tiny_llamba):
-    """Of unequal lengths, with stop sequences, in batches of two sizes; no two runs have the same padding.
+    """Prompts of unequal lengths, with stop sequences, in batches of two sizes.
 
-    They are written by our loop, which takes less time than lm-eval's.
+    No two runs have the same padding. Our loop writes the answers, in less time than lm-eval's loop.
     """
     model, tokenizer = tiny_llamba
     recipe = RecallRecipe(tokenizer, 512, lengths=(40, 80, 120), documents=6)
@@ -347,6 +360,6 @@ def test_log_likelihood_and_generated_answers_are_compared():
 
 @pytest.mark.parametrize("task", ["embedded_recall", "kv_retrieval", "niah_multivalue"])
 def test_a_search_is_told_what_a_recall_task_is(task):
-    """It takes those with choices."""
+    """The search reads the kind of its answers: choices, or generated text."""
     (config,) = read_configs([task])
     assert config.output_type == ("multiple_choice" if task == "embedded_recall" else "generate_until")

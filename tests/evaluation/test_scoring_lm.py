@@ -50,7 +50,7 @@ def requests(pairs: list[tuple[str, str]]) -> list[Instance]:
 
 
 def assert_same_answers(model, pairs, *, batch_size=3, atol=2e-5, max_length=None):
-    # With its cache stock reads wrong positions where one text is asked for twice, divided at different places.
+    # Stock's cache of logits gives wrong positions if two requests divide the same text at different places.
     stock = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=2, max_length=max_length, logits_cache=False)
     ours = ScoringLM(model, make_tokenizer(), batch_size, allow_truncation=max_length is not None)
     ours._max_length = max_length
@@ -108,7 +108,7 @@ def test_a_continuation_longer_than_the_model_takes_is_refused():
         lm.loglikelihood(requests([("a", "b" * 12)]), disable_tqdm=True)
 
 
-def test_rolling_and_generated_answers_are_stock_s():
+def test_rolling_answers_are_stock_s():
     model = MODELS["grafted"]
     stock, ours = HFLM(pretrained=model, tokenizer=make_tokenizer()), ScoringLM(model, make_tokenizer(), "auto")
     rolling = [Instance("loglikelihood_rolling", {}, ("a long text " * 9,), 0, ("task", 0, 1))]
@@ -171,11 +171,12 @@ def test_when_memory_runs_out_auto_goes_on_with_half_as_many_rows(monkeypatch):
     monkeypatch.undo()
     assert found == ScoringLM(model, make_tokenizer(), 2).loglikelihood(requests(pairs), disable_tqdm=True)
     monkeypatch.setattr(model, "forward", small_card)
-    with pytest.raises(torch.OutOfMemoryError):  # a number that was asked for is kept to
+    with pytest.raises(torch.OutOfMemoryError):  # a batch size that was asked for is kept
         ScoringLM(model, make_tokenizer(), 4).loglikelihood(requests(pairs), disable_tqdm=True)
 
 
-@pytest.mark.parametrize(("rows", "length"), [(2, 3), (2, 1), (1, 1)])  # a single token is a step, in place
+# For a single token, the mixer runs `step`, which changes states in place.
+@pytest.mark.parametrize(("rows", "length"), [(2, 3), (2, 1), (1, 1)])
 def test_a_shared_cache_is_not_changed_by_what_comes_after(rows, length):
     model = MODELS["grafted"]
     tokens = torch.arange(rows * length).view(rows, length)

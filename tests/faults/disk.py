@@ -7,21 +7,22 @@ A change is one of *names* (something is created, linked, renamed or removed) or
 gets longer or shorter). What fsync was called for is there. Of the rest, each file system may lose:
 
 ext4 (data=ordered)
-    Changes of names reach the disk in the order in which they were made, so a first part of them is there. fsync of a
-    file or folder keeps all up to the last one that was about it. Content comes later, for each file on its own, even
-    after a rename of it. So a file that has its name may be empty; or have its length and zeros; or its beginning; or
-    some of its blocks, in any order. In a file that was there before, any block is the old one or the new one.
+    Changes of names reach the disk in the order in which they were made, so a first part of them is there.
+    fsync of a file or folder keeps all changes of names up to the last one about this file or folder.
+    Content may reach the disk later, even after a rename, for each file on its own. So a file that has its
+    name may be empty; or have its length and zeros; or its beginning; or some of its blocks, in any order.
+    In a file that was there before, any block is the old one or the new one.
 XFS
     The same, but a file does not get longer before bytes at its new end are there, unless space was reserved for it.
 unordered
     The weakest that POSIX allows. Changes of names are lost or kept in any order; only those of the same name in the
     same folder keep theirs. fsync of a folder keeps those made in it, and nothing else does: a synced file may have no
-    name. Where bytes are missing may be anything.
+    name. Anything may stand in the place of missing bytes.
 
 More may be lost here than on a real disk: ext4 writes a file's content before it replaces another by rename
 (auto_da_alloc), and commits all changes of names at any fsync; neither is counted on. Less may be lost than in ALICE's
 weakest model, which takes renames apart: here a rename, or a swap of two names, is there as a whole or not at all, as a
-journal has it. Permissions and times are always those of the end.
+journal has it. Permissions are always those of the end. Times are not kept.
 """
 
 import os
@@ -80,7 +81,11 @@ FILE_SYSTEMS = {
 
 @dataclass(frozen=True)
 class NameChange:
-    """After call number `at`, each of `entries` is this file or folder, or gone; `about` is whose fsync keeps that."""
+    """Call number `at` put a file or folder at each of `entries`, or removed it (None).
+
+    Attributes:
+        about: files and folders. Where changes keep their order, an fsync of one of them keeps this change.
+    """
 
     at: int
     entries: dict[Entry, int | None]
@@ -104,7 +109,7 @@ class Cut:
     Attributes:
         at: the number of calls made before.
         names: of the changes of names, the numbers of those that are there.
-        loss: of `FileSystem.losses`; "any" is another for each file.
+        loss: one of `FileSystem.losses`, or "any": one is drawn for each file.
         only: the one file that this happens to; None for all.
         seed: of what is drawn.
     """
@@ -125,7 +130,7 @@ class Disk:
     """
 
     def __init__(self, folder: Path):
-        """Make this of `folder` before anything is done."""
+        """Read `folder` before anything is done in it."""
         self._folder = folder
         self._contents: dict[int, bytes] = {}  # before
         self._modes: dict[int, int] = {}
@@ -302,7 +307,7 @@ class Disk:
         return tree
 
     def shape(self, tree: Tree) -> tuple[tuple[str, str], ...]:
-        """Which files there are, and whether each is empty, as it once was whole, or neither."""
+        """Which files there are, and whether each is empty, broken, or whole: as before or at a sync."""
 
         def kind(content: bytes | None) -> str:
             if not content:

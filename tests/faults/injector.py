@@ -1,4 +1,4 @@
-"""Runs functions in processes that are stopped at a chosen system call that changes a folder.
+"""Runs functions in processes, with a fault at a chosen system call that changes a folder.
 
 In: a function, the folder, and a `Fault` per run. Out: how each run ended, what it said, and the calls it made.
 `shim.c` does the work in the child; it needs Linux on x86-64, gcc or cc, and seccomp.
@@ -70,6 +70,8 @@ class _Note(ctypes.Structure):
 @dataclass(frozen=True)
 class Note:
     """A change that was made: the call's name, the paths it names, and what it changed, as it was afterwards.
+
+    A printed line is a note too. Its path is outside the folder, and `data` is the text.
 
     Attributes:
         flags: of open, rename, unlink and fallocate.
@@ -149,7 +151,7 @@ class Injector:
     the folder must then be the same before each run. (If it has started threads by then, every run starts anew.)
 
     Args:
-        no_exchange, no_locks: be a file system that cannot swap two folders, or cannot lock.
+        no_exchange, no_locks: whether the file system acts as if it could not swap two folders, or lock.
     """
 
     def __init__(

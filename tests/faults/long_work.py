@@ -34,7 +34,7 @@ class Work:
         run: does the work, or what is left of it.
         faults: given a folder after a power cut and the lines printed before it, what is wrong there.
         result: given the folder when all is done, what two runs have in common.
-        share_again: after what part of the states it is run again after which others would be; it may take seconds.
+        share_again: how often the work is run again, compared with others (1.0). A run may take seconds.
     """
 
     start: Callable[[Models, Path], object]

@@ -1,8 +1,8 @@
 """Power cuts in the scenarios and in longer work, and what is on the disk after each.
 
 In: scenarios, works, and a folder to run them in. Out: a `Result` per state of the disk that a cut may leave (disk.py).
-After every one, from outside: a folder is the old one or the new one, never a mix; what was printed as done is there;
-everything that counts as complete is; and the same command again ends as if there had been no cut.
+The checks after a cut: a folder is the old or the new one, never a mix. What was printed as done is there.
+What counts as complete is complete. The same command again ends as if there had been no cut.
 """
 
 import random
@@ -49,8 +49,9 @@ class PowerSweep(Sweep):
     """Scenarios and works on the models made in `folder`, and what power cuts leave of them.
 
     Args:
-        again: of the states of a new shape (which files there are, and which of them are whole), for what part the
-            same command is run again; of the others, for a tenth of that; and always after a scenario's first state.
+        again: after what share of the states of a new shape the same command is run again. The shape is which
+            files there are, and which are whole. Of the other states, it is a tenth of this share. After a
+            scenario's first state, the command is always run again.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class PowerSweep(Sweep):
         return FolderPlace(self, name, scenario, folder)
 
     def results(self, seed: int = 0, names: Collection[str] | None = None) -> Iterator[Result]:
-        """States in turns, each once per scenario and lines printed; ends when nothing new is found any more.
+        """Check the scenarios in turns, until no new state is found.
+
+        A state is the files there and the number of lines printed before. It is checked once per scenario.
 
         Args:
             names: of the scenarios; None for all.
@@ -147,7 +150,7 @@ class FolderPlace(Place):
     def known_state(self, tree: Tree, said: list[str]) -> str | None:
         """The state of the target, if nothing can be wrong with it: it is as before or after, and all was kept.
 
-        For trees of a shape that was looked at before, as what is beside the target is not looked at.
+        Only for trees of a shape that was checked before, because this does not look beside the target.
         """
         place = self._target.relative_to(self._folder).as_posix()
         if self._before_and_after is None:
@@ -197,7 +200,7 @@ class FolderPlace(Place):
             yield from LayerStore(self._target).faults()
 
     def _wrong_in_store(self) -> Iterator[str]:
-        """A shard of the right size is taken unread if its record is there."""
+        """A build does not read a shard of the right size that has a record. So the digest must be right."""
         for shard in (self._target.parent / STORE).glob("*/*.safetensors"):
             known = StoredShard.recorded(shard)
             if known is not None and shard.stat().st_size == known.bytes and sha256_of(shard) != known.digest:

@@ -1,6 +1,6 @@
 """What the faults are injected into: each way to write a folder, on models of a few kilobytes.
 
-To add one, add a line to `SCENARIOS`: a function that writes `target`, and what is there before it starts.
+To add a scenario, add a line to `SCENARIOS`: a function that writes `target`, and what is at `target` before.
 """
 
 import json
@@ -94,9 +94,9 @@ class Scenario:
     Attributes:
         write: what runs.
         old: makes what is at the target before; nothing is there by default.
-        leftover: ran there before and was killed half-way; nothing did by default.
-        parents: folders between the place and the target that are not there yet.
-        no_exchange, no_locks: what the file system cannot do.
+        leftover: writes the target before, and is killed half-way; there is none by default.
+        parents: missing folders between the scenario's folder and the target.
+        no_exchange, no_locks: whether the file system cannot swap two folders, or cannot lock files.
     """
 
     write: Write

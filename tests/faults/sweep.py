@@ -1,8 +1,12 @@
 """Faults injected into the scenarios, and what is on the disk after each.
 
-In: scenarios, and a folder to run them in. Out: a `Result` per fault. After every one, from outside: the target is as
-it was or whole and new, never a mix; beside it is nothing but its partial folder; what was read is unchanged; a run
-that was not killed has failed, or its result is right; and the next run, or `remove_abandoned`, leaves nothing behind.
+In: scenarios, and a folder to run them in. Out: a `Result` per fault. After every fault:
+
+- The target is unchanged, or whole and new, but never a mix. Where folders cannot be swapped, the old target
+  may be in its partial folder.
+- Beside the target is nothing but its partial folder. What was read is unchanged.
+- A run that was not killed has failed, or its result is right.
+- The next run, or `remove_abandoned`, leaves nothing behind.
 """
 
 import contextlib
@@ -25,7 +29,7 @@ from tests.faults.scenarios import SCENARIOS, Models, Scenario, Write, clean, ma
 TARGET = "out"  # its name in every scenario
 
 _TIMES = {"checkpoint_info.json": "creation_time", "metadata.json": "extraction_time"}
-_LEFTOVER_CALLS = 30  # after so many, the run before was killed
+_LEFTOVER_CALLS = 30  # `leftover` is killed after so many calls
 
 Contents = dict[str, str]
 
@@ -36,7 +40,8 @@ class Result:
 
     Attributes:
         call: the system call it was at; None if the run made fewer than usual, so that nothing was injected.
-        state: of the target: "old" (or absent, if it was), "new", "aside" or "mixed".
+        state: of the target: "old" (as before; absent, if it was absent before), "new", "aside" (the old one
+            is in its partial folder) or "mixed".
         error: the type of the exception the run ended with, "" where there was none.
         violations: what should not be, in words.
     """
@@ -50,7 +55,7 @@ class Result:
 
 
 class Sweep:
-    """Scenarios on the models made in `folder`; every fault gets its scenario's folder as if nothing had run yet."""
+    """Scenarios on the models made in `folder`. Before every fault, the scenario's folder is reset."""
 
     def __init__(self, folder: Path, scenarios: Mapping[str, Scenario] = SCENARIOS, recover_every: int = 10):
         self.shim = load_shim(folder)
@@ -74,7 +79,10 @@ class Sweep:
         return Place(self, name, scenario, folder)
 
     def faults(self, seed: int = 0) -> Iterator[tuple[str, Fault]]:
-        """Every call of every scenario with every kind of fault that fits it, in turns; then all again, and so on."""
+        """Every kind of fault at every call that it fits: one per scenario and kind in turn; then all again.
+
+        This never ends.
+        """
         shuffle = random.Random(seed).shuffle
         while True:
             groups = []
@@ -186,7 +194,7 @@ class Place:
         return "old" if self._scenario.write is clean else "new"
 
     def _beside(self) -> list[str]:
-        """Names of what is in the target's parent beside it."""
+        """Names of what lies beside the target."""
         parent = self._target.parent
         kept = {TARGET, STORE}  # the store of a base's shards stays for the next build
         return sorted({path.name for path in parent.iterdir()} - kept) if parent.exists() else []
@@ -194,7 +202,7 @@ class Place:
     def _wrong_end(self, fault: Fault, outcome: Outcome, state: str) -> Iterator[str]:
         if not outcome.injected:
             if outcome.code or state != self._succeeds:
-                yield f"nothing was injected, but it ended with {outcome.code}: {outcome.output}"
+                yield f"nothing was injected; it ended with {outcome.code}, target {state}: {outcome.output}"
         elif fault.kind.startswith("killed"):
             if outcome.code != -signal.SIGKILL:
                 yield f"it ended with {outcome.code} instead of being killed: {outcome.output}"
@@ -217,14 +225,14 @@ class Place:
             yield f"beside the target is {odd}"
 
     def _wrong_after_recovery(self) -> Iterator[str]:
-        """The same run again, without a fault, whether or not something is there."""
+        """Run the same again, with overwrite and without a fault."""
         outcome = self._runs_again.run()
         if outcome.code:
             yield f"the next run fails: {outcome.output}"
         elif contents(self._target, timeless=True) != self._new:
             yield "the next run leaves something else than usual"
         elif self._beside():
-            yield f"the next run leaves {self._beside()} beside"
+            yield f"the next run leaves {self._beside()} beside the target"
 
     def _wrong_after_cleaning(self, state: str) -> Iterator[str]:
         remove_abandoned(self._target.parent)
@@ -238,7 +246,7 @@ def contents(folder: Path, *, timeless: bool = False) -> Contents:
     """What is in a folder: per path, permissions and SHA-256; nothing if there is no folder.
 
     Args:
-        timeless: leave out when it was made, as our JSON files say it.
+        timeless: leave out the creation times in our JSON files, and their checksums.
     """
     if not folder.exists():
         return {}

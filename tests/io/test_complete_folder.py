@@ -1,4 +1,4 @@
-"""The folder that appears whole or not at all, with several processes after the same place."""
+"""A new folder appears whole or not at all, even if several processes write the same folder."""
 
 import errno
 import fcntl
@@ -192,7 +192,7 @@ def test_the_partial_folder_is_deleted_and_taken_by_another_meanwhile(tmp_path):
 
 
 def test_without_locks_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
-    """What ended processes of this host left is removed; what others may still use is not."""
+    """The folders of this host's dead processes are removed. Folders that may still be in use stay."""
 
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

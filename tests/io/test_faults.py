@@ -25,7 +25,10 @@ def make_sweep(folder, scenarios) -> Sweep:
 
 
 def test_a_stopped_run_leaves_the_old_or_the_new_folder(sweep):
-    """Faults of every kind, and in every scenario; benchmarks/fault_injection.py puts each kind into each."""
+    """Every kind and every scenario comes at least once.
+
+    benchmarks/fault_injection.py injects each kind into each scenario.
+    """
     faults = islice(sweep.faults(seed=3), 0, len(KINDS) * len(SCENARIOS), 5)  # they come by scenario, then by kind
     results = [sweep.inject(*fault) for fault in faults]
     assert [str(result) for result in results if result.violations] == []
@@ -37,7 +40,7 @@ def test_a_stopped_run_leaves_the_old_or_the_new_folder(sweep):
 
 
 def test_between_the_two_renames_where_folders_cannot_be_swapped(sweep):
-    """The old folder has no name of its own for a moment; the next run puts it back."""
+    """The old folder is in the partial folder a moment. The next run or `remove_abandoned` moves it back."""
     name = "build, overwrite, no exchange"
     calls = sweep.places[name].calls
     [second] = [at for at, call in enumerate(calls) if call.name == "rename" and call.path.name == "out"]
@@ -55,7 +58,10 @@ def test_a_failing_sync_after_the_swap_takes_it_back(sweep):
 
 
 def test_everything_is_synced_in_order(sweep):
-    """Files, then checkpoint_info.json, then folders; then the swap, its two parents; only then the old one goes."""
+    """Files are synced, then checkpoint_info.json, then folders. After the swap, both parents are synced.
+
+    The old folder is deleted last.
+    """
     calls = [(call.name, call.path) for call in sweep.places["build, overwrite"].calls]
     new = next(path for name, path in calls if path.name == "new")
     synced = {path: at for at, (name, path) in enumerate(calls) if name == "fsync" and new in [path, *path.parents]}

@@ -1,4 +1,4 @@
-"""A sample of the power cuts of benchmarks/power_failure.py: what may be left on the disk of a run."""
+"""A sample of the power cuts of benchmarks/power_failure.py: what a run may leave on the disk."""
 
 import contextlib
 import os
@@ -80,7 +80,7 @@ def make_only(path: Path) -> None:
 
 MIXED = "the target is neither the old one nor the new one"
 LOST = "it was done, but the target is old"
-BROKEN = {  # what is left out, and what comes of it
+BROKEN = {  # the sync that is left out: (how it is left out, the violation that follows)
     "files": (Scenario(broken(of_folders, "complete_file.sync")), MIXED),
     "folders": (Scenario(broken(of_files, "complete_file.sync")), MIXED),
     "all in the new folder": (Scenario(broken(nothing, "complete_folder.sync_tree")), MIXED),
@@ -98,7 +98,7 @@ def results() -> list[Result]:
     scenarios = {name: SCENARIOS[name] for name in REAL}
     scenarios |= {name: Scenario(write, old=write_old, no_exchange=name != "write") for name in SMALL}
     scenarios |= {name: scenario for name, (scenario, _) in BROKEN.items()}
-    # A state is made and removed in a millisecond there, and in fifty on some disks.
+    # In /dev/shm, a state is made and removed in one millisecond; on some disks, in fifty.
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     try:
         with (
@@ -115,7 +115,7 @@ def results() -> list[Result]:
 
 @pytest.mark.parametrize("name", [*REAL, *LONG, *SMALL])
 def test_nothing_is_lost_or_mixed(name, results):
-    """After a cut at any moment, and when the same command is run again then."""
+    """After a cut at any moment, and after the same command is run again."""
     found = [result for result in results if result.scenario == name]
     assert [str(result) for result in found if result.violations] == []
     assert {result.system for result in found} == FILE_SYSTEMS.keys()
@@ -125,6 +125,6 @@ def test_nothing_is_lost_or_mixed(name, results):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_sync_left_out_is_found_out(name, results):
-    """The harness itself, and each sync of `new_folder`: without it something is lost or mixed."""
+    """The harness finds every missing sync of `new_folder`: without the sync, something is lost or mixed."""
     told = [violation for result in results if result.scenario == name for violation in result.violations]
     assert any(BROKEN[name][1] in violation for violation in told), told

@@ -147,7 +147,7 @@ def test_tensors_that_share_a_storage_are_written_once(tmp_path):
 
 
 def test_sets_are_the_same_whatever_their_order(tmp_path):
-    """Which depends on the process, and on what was added first."""
+    """The order depends on the process, and on what was added first."""
     words = [f"word{i:03}" for i in range(500)]
     one, other = {*words}, {*reversed(words)}
     assert list(one) != list(other)
@@ -156,7 +156,7 @@ def test_sets_are_the_same_whatever_their_order(tmp_path):
         write_together([tmp_path / name], {}, lambda _, content=content: [content])
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
     pickled = records_of(tmp_path / "one")["data.pkl"]
-    assert sorted(words, key=lambda word: pickled.index(word.encode())) == words  # so no order of a process's own
+    assert sorted(words, key=lambda word: pickled.index(word.encode())) == words  # they are sorted
     assert torch.load(tmp_path / "one", weights_only=False)["s"] == one
 
 
@@ -220,7 +220,7 @@ def test_after_a_trial_blocks_go_the_faster_way_and_leave_the_page_cache(tmp_pat
 
 
 def test_a_write_back_that_fails_is_an_error(tmp_path, monkeypatch):
-    """sync_file_range tells an error that fsync then tells no more."""
+    """If sync_file_range reports an error, a later fsync does not report it again."""
 
     def failing(*arguments):
         ctypes.set_errno(errno.EIO)
@@ -238,7 +238,7 @@ def test_a_write_back_that_fails_is_an_error(tmp_path, monkeypatch):
     pickled=st.binary(min_size=1, max_size=9000),
 )
 def test_the_bytes_around_tensors_of_any_size_are_torch_s(sizes, pickled):
-    """But for the id at the end, which it makes up from the names and CRCs of the records."""
+    """Only the id at the end differs: torch makes it from the names and CRCs of the records."""
 
     class Sink(io.RawIOBase):
         def __init__(self):
@@ -293,7 +293,7 @@ def test_an_error_of_the_disk_comes_through(tmp_path, monkeypatch, code):
 
 
 def test_no_failing_write_goes_unnoticed(tmp_path, monkeypatch):
-    """Whichever it is, the last ones of the other threads too, and all are done before the file is synced."""
+    """Any write may fail, also the last write of another thread. All writes end before the file is synced."""
     content = {"a": torch.randn(10, 1000), "b": torch.randn(3)}
     written, synced, calls, done = os.pwrite, os.fsync, [], []
 

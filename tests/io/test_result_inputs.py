@@ -30,7 +30,7 @@ def test_what_differs_is_named_in_one_form():
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """A file worth remembering, changed long ago as far as anybody can tell."""
+    """A file so large that its digest is remembered. It seems to have changed a minute ago."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("time.time", lambda now=time.time: now() + 60)
     path = tmp_path / "weights.bin"
@@ -68,7 +68,7 @@ def test_a_failure_ends_the_bar_and_its_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(rich, "_console", Console(file=shown, force_terminal=True))
     (tmp_path / "a").touch()
     before = threading.enumerate()
-    with pytest.raises(FileNotFoundError) as failure:  # whoever keeps it keeps all that was at work
+    with pytest.raises(FileNotFoundError) as failure:  # while it is kept, its frames live on
         digests_of_files([tmp_path / "a", tmp_path / "b"])
     assert failure.value.filename == str(tmp_path / "b")
     assert "Reading what has changed" in shown.getvalue()

@@ -1,4 +1,4 @@
-"""What the tests of batches share: checkpoints of a checkpoint_info.json only, and the stand-in that scores them."""
+"""What the tests of batches share: checkpoints without weights, and the stand-in that scores them."""
 
 import json
 import sys

@@ -1,8 +1,9 @@
 """A stand-in for `test_checkpoint.py --full_eval`: five subjects whose scores follow from the checkpoint's name.
 
-Like the real one it keeps each subject's result as it comes, and goes on from there. In DIR/behaviour a checkpoint may
-say what happens to it: "fail", "silent" (no result), "wait" (until it is ended), "remove NAME" (the checkpoint beside
-it goes first), or "kill 3 once" or "kill 3 always": before the third subject the process that started this is killed.
+Like the real one, it saves each subject's result at once, and a later run continues from there. A file
+`behaviour` in the checkpoint may say what happens: "fail", "silent" (no result), "wait" (until a signal ends
+this process), "remove NAME" (first the checkpoint NAME beside this one is deleted), "kill 3 once" or
+"kill 3 always" (before the third subject, the process that started this one is killed).
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main() -> None:
             continue
         if behaviour[0] == "kill" and str(number) == behaviour[1] and is_due(results / "killed", behaviour[2]):
             os.kill(os.getppid(), signal.SIGKILL)
-            signal.pause()  # it dies as its parent does
+            signal.pause()  # the parent's death ends this process too
         print(f"{args.checkpoint.name}: {subject}", flush=True)
         with (results / "scored").open("a") as scored:
             scored.write(f"{subject}\n")

@@ -1,6 +1,6 @@
-"""Ray's workers that have torch imported already: a hook of Ray's that says how the workers of a command are started.
+"""A hook that tells Ray how to start a command's workers, so that they have torch imported already.
 
-It runs in the command, whose own `python` is the one of tests/preloaded.py.
+The hook runs in the command, whose own `python` is the one of tests/preloaded.py.
 """
 
 import sys

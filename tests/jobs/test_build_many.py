@@ -1,4 +1,4 @@
-"""A folder that is complete is the checkpoint asked for, or what differs is named."""
+"""If a complete folder is not the checkpoint that was asked for, what differs is named."""
 
 import json
 import shutil

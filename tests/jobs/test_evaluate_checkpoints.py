@@ -1,4 +1,4 @@
-"""evaluate_checkpoints.py: its command line, what it hands on, and that it needs Ray only where that is asked for."""
+"""evaluate_checkpoints.py: its command line, what it hands on, and that only --ray needs Ray."""
 
 import os
 import shutil

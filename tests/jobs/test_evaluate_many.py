@@ -120,7 +120,6 @@ def test_a_batch_that_is_killed_leaves_nothing_running(make_candidate):
 
 def fake_batch(folder) -> subprocess.Popen:
     code = (
-        "import sys; sys.argv = [sys.argv[1]]\n"  # a command of ours, so that the package does not import torch
         "from pathlib import Path\n"
         "from model_preparation.jobs.evaluate_many import Candidate, evaluate_all\n"
         f"evaluate_all([Candidate(Path({str(folder)!r}))], evaluator=Path({str(FAKE_EVALUATOR)!r}))\n"

@@ -25,7 +25,7 @@ from model_preparation import evaluate_checkpoint
 from model_preparation.evaluation.mmlu_questions import SUBJECTS as MMLU_SUBJECTS
 from model_preparation.jobs.evaluate_many import Candidate, evaluate_all
 from model_preparation.search import report
-from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command, start_command, wait_until
+from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command, run_python, start_command, wait_until
 from tests.evaluation.test_mmlu import question, write_questions
 from tests.jobs.conftest import FAKE_EVALUATOR
 from tests.jobs.fake_evaluator import SUBJECTS
@@ -42,8 +42,9 @@ def address(tmp_path_factory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray") as ray_files:
         environment.setenv("RAY_TMPDIR", ray_files)  # a short path, for the sockets in it
         environment.setenv("RAY_AUTH_MODE", "token")
-        environment.setenv("RAY_AUTH_TOKEN", "0" * 64)  # one that other processes here know
-        environment.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else they would not look for it on the loopback
+        environment.setenv("RAY_AUTH_TOKEN", "0" * 64)  # the tests' other processes use the same token
+        # Else the other processes would not look for the cluster on the loopback.
+        environment.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         yield from running_cluster(folder)
 
 
@@ -107,8 +108,31 @@ def processes_of(gcs: str) -> dict[str, str]:
     return found
 
 
+def test_a_cluster_that_cannot_start_is_not_advised_to_start_one(tmp_path):
+    code = """
+import ray, sys
+from model_preparation.errors import SurgeryError
+from model_preparation.jobs.ray_cluster import cluster
+def fail(**_):
+    raise Exception("too slow")
+ray.init = fail
+for address in sys.argv[1:]:
+    try:
+        with cluster(address):
+            pass
+    except SurgeryError as error:
+        print(error)
+"""
+    result = run_python("-c", code, "local", "10.0.0.1:6379", cwd=PACKAGE.parent)
+    assert result.stdout.splitlines() == [
+        "No Ray cluster could be started (Exception: too slow). Try again, or leave --ray out.",
+        "No Ray cluster could be joined at 10.0.0.1:6379 (Exception: too slow). Use --ray local, or start one on this "
+        "machine: ray start --head",
+    ], result.stderr
+
+
 def test_a_cluster_of_our_own_listens_on_the_loopback_only(address):
-    """What its processes hold of the sockets that listen, as the kernel lists them."""
+    """Compares the open sockets of the cluster's processes with the kernel's list of listening sockets."""
     listening = {}
     for name in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
@@ -126,7 +150,7 @@ def test_a_cluster_of_our_own_listens_on_the_loopback_only(address):
 
 
 def evaluate_on(address: str, folders: list[Path], results_dir: Path, log: Path) -> int:
-    """Start evaluate_all on the cluster; what it gives comes into results_dir.json. Returns the process."""
+    """Start evaluate_all on the cluster; the result goes to `results_dir` plus ".json". Returns the pid."""
 
     def batch() -> None:
         from model_preparation.jobs.ray_jobs import RayRunner
@@ -148,7 +172,7 @@ def test_a_killed_worker_costs_one_subject_and_changes_no_score(address, make_ca
         make_candidate("cut", behaviour="kill 3 once"),
         make_candidate("bad", behaviour="fail"),
         make_candidate("hopeless", behaviour="kill 2 always"),
-        make_candidate("gone"),  # before a worker is free for it
+        make_candidate("gone"),  # deleted before a worker is free for it
     ]
     results, log = tmp_path / "results", tmp_path / "log"
     process = evaluate_on(address, folders, results, log)
@@ -169,7 +193,7 @@ def test_a_killed_worker_costs_one_subject_and_changes_no_score(address, make_ca
         return list(map(int, path.read_text().split())) if path.exists() else []
 
     assert (results / "cut" / "scored").read_text().split() == list(SUBJECTS)  # each once
-    # A command that fails is not run again; one whose worker is lost is, once here.
+    # A command that fails is not run again. A command whose worker is lost is run again, here once.
     assert [len(attempts(name)) for name in done] == [1, 2, 1, 2, 0]
     assert not any(is_alive(process) for name in done for process in attempts(name))
     printed = log.read_text()
@@ -255,7 +279,7 @@ def test_a_killed_worker_of_a_search_is_replaced_and_the_result_is_that_of_one_p
     assert alone.returncode == 0, alone.stderr
     log, journal = tmp_path / "log", tmp_path / "ray" / "journal.jsonl"
     process = start_command("search_layers", *flags, "--output_dir", tmp_path / "ray", "--ray", address, log=log)
-    kill_a_shard(process)  # before it has told anything
+    kill_a_shard(process)  # before it has sent a score
     wait_until(lambda: journal.exists() and lines_of(journal) >= 3, alive=process.is_alive)  # the base, and two sets
     kill_a_shard(process)
     told = lines_of(journal)
@@ -295,7 +319,7 @@ def kill_a_shard(process: BaseProcess) -> None:
 
 
 def is_shard(process: psutil.Process) -> bool:
-    """A worker's log is among the files of its cluster."""
+    """Whether this is a worker of our cluster: its open log is in the cluster's folder."""
     try:
         ours = process.name().startswith("ray::QuestionSh")
         return ours and any(file.path.startswith(os.environ["RAY_TMPDIR"]) for file in process.open_files())
@@ -308,7 +332,7 @@ def lines_of(path: Path) -> int:
 
 
 def workers_running(script: str) -> list[int]:
-    """Ray's workers that have a child which runs a script for them; other tests may run it too."""
+    """The ids of Ray's workers that run `script` in a child. Runs of other tests do not count."""
     parents = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

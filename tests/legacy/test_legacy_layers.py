@@ -24,7 +24,7 @@ from tests.conftest import assert_refused, run_command, seeded, tiny_config
 
 
 class Runs:
-    """Pickled, it is a call of `function`."""
+    """An object whose pickle calls `function` when it is loaded."""
 
     def __init__(self, function, *args):
         self.call = (function, args)
@@ -34,7 +34,7 @@ class Runs:
 
 
 def with_aliases(layer: torch.nn.Module) -> torch.nn.Module:
-    """The layer as the old program saved it, so that it could sit among a Llamba's."""
+    """The layer with the aliases that the old program added, so that a Llamba could use the layer."""
     layer.mixer = layer.self_attn
     layer.mixer.out_proj = layer.out_proj = layer.self_attn.o_proj
     return layer
@@ -112,7 +112,7 @@ def quick_reader(quick_python, monkeypatch):
 
 @pytest.fixture
 def reader_after(quick_python, monkeypatch, tmp_path):
-    """Such a process, which runs this code first."""
+    """Like `quick_reader`, but the process first runs the code given to `prepare`."""
 
     def prepare(code: str) -> None:
         read = "import runpy, sys\ndel sys.argv[1]\n"
@@ -162,6 +162,7 @@ def test_layers_of_an_old_transformers_in_an_old_file_format(layers, old, layers
         layer = make_old(layers[index], monkeypatch)
         layer.hook = Runs(os.mkdir, str(tmp_path / f"ran-{index}"))
         layer.self_attn.forward = layer.forward  # as accelerate's hooks do; pickled, it is a call of getattr
+        layer.self_attn.rotary_emb.inv_freq._is_shared = True  # pickled, it is a call of _rebuild_from_type_v2
         torch.save(layer, old / name, _use_new_zipfile_serialization=index == 1)
         layer.self_attn = torch.nn.Identity()
     monkeypatch.undo()
@@ -218,7 +219,7 @@ sys.addaudithook(probe)
 
 
 def test_what_runs_while_a_file_is_read_has_no_network_no_secrets_and_one_folder(layers, old, tmp_path):
-    """A hook of Python's own takes the part of code that found a way out of the unpickler."""
+    """An audit hook plays the role of code that has escaped from the unpickler."""
     torch.save(layers[0], old / "layer_0.pt")
     secrets = {"HF_TOKEN": "s", "OPENAI_API_KEY": "s", "https_proxy": "http://127.0.0.1:1"}
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
@@ -306,7 +307,7 @@ def test_a_killed_reader_is_an_error_and_leaves_nothing(layers, old, tmp_path):
 
 @pytest.fixture
 def in_this_process(monkeypatch, tmp_path):
-    """Read without the other process, which the tests above are about, as starting it takes a second."""
+    """Read in this process: starting the other one takes a second, and the tests above cover it."""
 
     class Reader:
         def read(self, path):
@@ -370,7 +371,7 @@ def test_layers_that_contradict_themselves_or_each_other_are_refused(layers, old
     turned.self_attn.rotary_emb.inv_freq *= torch.arange(1, 9)
     torch.save(turned, old / "layer_0.pt")
     refuse(old, tmp_path, "layer_0.pt", "has other rotary frequencies", layers=[0])
-    del turned.self_attn.config.num_hidden_layers  # of which transformers would take its own default
+    del turned.self_attn.config.num_hidden_layers  # transformers would fill in its own default
     torch.save(turned, old / "layer_0.pt")
     refuse(old, tmp_path, "layer_0.pt", "it lacks num_hidden_layers", "--model_name", layers=[0])
 

@@ -1,6 +1,6 @@
-"""Every kind of donor in the table: a graft of all its layers is transformers' own model of that kind.
+"""For every kind of donor in the table, a graft of all its layers computes what transformers' model computes.
 
-The variants follow from a kind's `fields`, so a new entry of the table is tested as it stands.
+The variants follow from a kind's `fields`, so a new entry of the table is tested without a change here.
 """
 
 import functools
@@ -16,7 +16,7 @@ from model_preparation.llamba.cache_llamba import CACHE_NAME
 from model_preparation.llamba.donor_kinds import KINDS, mask_kinds
 from tests.conftest import VOCABULARY, donor_fields, old_spelling, seeded, tiny_config
 
-WINDOW = 6  # tokens; fewer than any sequence here has
+WINDOW = 6  # tokens; sequences shorter and longer than this are tested
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
 
 VARIANTS = [
@@ -172,7 +172,7 @@ def test_every_rope_in_every_spelling(model_type, rope_type, spelling, tmp_path)
     donor = seeded(kind.transformers_class("ForCausalLM")(AutoConfig.from_pretrained(tmp_path)), seed=6)
     donor.config = read_config(tmp_path)  # as our commands read it
     graft = graft_of(donor)
-    ids = tokens(1, 40)  # longer than the original length, from which on some kinds turn at other speeds
+    ids = tokens(1, 40)  # longer than the original length; beyond it, some ropes use other frequencies
     assert torch.equal(graft(ids).logits, donor(ids).logits)
     assert graft.backbone.rotary_emb.rope_type == rope_type
 

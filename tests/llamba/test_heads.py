@@ -1,4 +1,4 @@
-"""Grafted heads: the definition against an independent computation, its limits, and what the config refuses."""
+"""Grafted heads against an independent computation; no head and all heads; what the config refuses."""
 
 import functools
 import pickle
@@ -34,7 +34,7 @@ IDS = torch.randint(0, 256, (2, 21), generator=torch.Generator().manual_seed(5))
 
 
 def llama_cfg(kv_heads: int, rope: str = "default", kind: str = "llama", has_window: bool = False) -> dict:
-    """With a window, the first layer of a Qwen has none."""
+    """`has_window` gives every layer a window, but not a Qwen's first layer, and none to a Llama."""
     window = {"sliding_window": WINDOW} if has_window and "sliding_window" in KINDS[kind].fields else {}
     if window and "layer_types" in KINDS[kind].fields:
         window |= {"use_sliding_window": True, "layer_types": ["full_attention", *["sliding_attention"] * 2]}
@@ -153,7 +153,7 @@ def test_the_definition(kind, data):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_no_head_is_the_base_and_all_heads_are_the_layer(kind):
-    """To the bit; all heads where the base has the donor's norms and MLP, as an unaligned base does."""
+    """Both to the bit. For all heads, the base needs the donor's norms and MLP, as an unaligned base has."""
     cfg = llama_cfg(2, "default", kind, True) | {"rms_norm_eps": 1e-5}
     donor = donor_of(cfg, kind)
     assert torch.equal(graft(donor, cfg, {})(IDS).logits, BASE(IDS).logits)
@@ -165,7 +165,7 @@ def test_no_head_is_the_base_and_all_heads_are_the_layer(kind):
 
 @torch.no_grad()
 def test_layers_and_heads_in_one_model():
-    """The grafted layer is the donor's; the heads before and after it are as the definition has them."""
+    """Before the grafted layer, the states are those of the heads alone; after it, they differ."""
     cfg = llama_cfg(3)
     donor = donor_of(cfg)
     mixed, heads_only = graft(donor, cfg, {0: [1, 2], 2: [4]}, layers=[1]), graft(donor, cfg, {0: [1, 2], 2: [4]})
@@ -183,7 +183,7 @@ def test_layers_and_heads_in_one_model():
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_heads_with_a_window_padded_packed_and_in_pieces(kind):
-    """Layer 0 of a Qwen has no window; a whole layer with one is between the heads."""
+    """Layer 0 of a Qwen has no window. Layer 1 is a whole grafted layer, between layers with heads."""
     donor, cfg = donor_with(3, "default", kind, True), llama_cfg(3, "default", kind, True)
     model = graft(donor, cfg, {0: [1, 2, 5], 2: [0]}, layers=[1])
     whole = torch.cat([model(IDS[:1, :9]).logits, model(IDS[1:, :12]).logits], 1)
@@ -212,7 +212,7 @@ def test_a_head_graft_saves_and_loads_and_other_files_have_no_new_field(tmp_path
 
 @pytest.mark.parametrize(("heads", "kv_place"), [([0, 4], []), ([0, 1, 3, 4], []), ([0, 1, 4], [0, 0, 1])])
 def test_a_pickled_model_of_version_0_4_still_runs(heads, kv_place):
-    """Its heads had each K/V head's place, and copied keys and values where groups have unequal numbers of heads."""
+    """It stored `kv_place`, and copied keys and values if the groups had unequal numbers of heads."""
     cfg = llama_cfg(2)
     model = graft(donor_of(cfg), cfg, {1: heads})
     wanted = model(IDS).logits

@@ -15,7 +15,7 @@ from tests.conftest import on_devices, seeded, tiny_config
 
 
 def recurrence(mixer: LlambaMixer, ssm: dict, hidden: Tensor) -> Tensor:
-    """Out of (batch, length, d_model), one token and one head after the other, from the definition."""
+    """The output (batch, length, d_model), computed from the definition, token by token and head by head."""
     weights = {name: parameter.detach().double() for name, parameter in mixer.named_parameters()}
     hidden = hidden.double()
     batch, length, d_model = hidden.shape
@@ -223,7 +223,7 @@ def test_blocks_change_nothing(monkeypatch, block_tokens, padded):
 
 @pytest.mark.parametrize("ssm", [{}, {"n_qk_heads": 2, "activation": "silu"}], ids=str)
 def test_gradients_of_blocks_are_those_of_float64(monkeypatch, ssm):
-    """In float64 the convolution is another one, and there is one block; test_modeling compares it with differences."""
+    """float64 uses another convolution and one block. test_modeling checks it by finite differences."""
     mixer, _ = make_mixer(**ssm)
     hidden = torch.randn(3, 21, 32, generator=torch.Generator().manual_seed(12))
 

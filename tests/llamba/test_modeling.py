@@ -229,7 +229,7 @@ def test_device_map_auto_loads(tmp_path, device, room):
 
 @torch.no_grad()
 def test_a_pickle_of_version_0_1_loads(tmp_path):
-    """Its mixers have torch's own convolution, which our forward would call otherwise."""
+    """Its mixers have torch's own convolution. Our forward calls a convolution with other arguments."""
     model = hybrid()
     wanted = model(IDS).logits
     for module in model.modules():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import seeded, tiny_config, tiny_llama_cfg
 
-# Of peft, torch and older versions of transformers themselves.
+# These warnings are about code in peft, torch and older versions of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(deprecated|device type different)")
 
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -34,7 +34,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map", "load_checkpoint_and_dispatch"])
 @torch.no_grad()
 def test_offloaded_weights_give_the_same(how, saved, tmp_path):
-    """Layers whose weights accelerate loads only while they compute, and the mixer's convolution among them."""
+    """The library accelerate loads a module's weights only while it computes, also the convolution's."""
     whole = hybrid()
     if how == "cpu_offload":
         model = cpu_offload(hybrid(), execution_device=torch.device("cpu"))

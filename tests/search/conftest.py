@@ -37,7 +37,7 @@ def write_task(folder: Path, name: str, rows: list[dict], **changes) -> Path:
 
 
 def make_questions(count: int, seed: int = 0) -> list[dict]:
-    """Contexts of differing lengths that begin alike, with options of one byte or of several."""
+    """Contexts of differing lengths that begin alike, with options of one letter or of one word."""
     rng = random.Random(seed)
     rows = []
     for number in range(count):
@@ -73,7 +73,7 @@ def loaded(base_dir, layers_dir, donor_dir, task_dir, tmp_path_factory) -> Scori
 
 @pytest.fixture(autouse=True)
 def no_plots(monkeypatch):
-    """They take most of a small search. What fixtures of a module search has all."""
+    """Plots take most of a small search's time. A search in a module's fixture still makes all plots."""
     monkeypatch.setattr(report, "PLOTS", {})
 
 

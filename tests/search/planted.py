@@ -1,4 +1,4 @@
-"""A model that is not there: every combination of layers has a known worth, and answers questions accordingly."""
+"""A stand-in for a model: every combination of layers has a known worth, and answers accordingly."""
 
 import random
 from collections.abc import Callable
@@ -18,7 +18,7 @@ TOTAL = 12
 
 
 class PlantedQuestions:
-    """Questions that are answered right up to the worth of a combination: each by itself in a batch."""
+    """Questions, each alone in its batch. A combination answers about as many right as its worth says."""
 
     def __init__(self, count: int):
         inputs = SimpleNamespace(numel=lambda: 10)
@@ -39,12 +39,12 @@ def worth(layers) -> float:
 
 @dataclass
 class PlantedScorer:
-    """Answers by `worth`; a question is the harder the higher its number in a drawn order."""
+    """Answers by `worth`. The hardness of each question is drawn at random."""
 
     questions: PlantedQuestions
     total: int = TOTAL
     worth: Callable = worth
-    fail: dict = field(default_factory=dict)  # by combination: how often it fails, and with what
+    fail: dict = field(default_factory=dict)  # by combination: how often it fails
     layer_passes: float = 0.0
     run: list = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Evaluations: made once, kept, never mistaken for a score when they fail; racing drops what is surely worse only."""
+"""Evaluations: made once, kept; a failure is no score. Racing drops only what is surely worse."""
 
 import numpy as np
 import pytest
@@ -108,7 +108,7 @@ def test_in_a_race_the_best_are_those_of_a_full_evaluation_and_less_is_run(tmp_p
         assert layers not in race.complete
     asked = [sum(questions for _, questions in each.scorer.run) for each in (race, full)]
     assert asked[0] < 0.7 * asked[1]
-    # Whatever was asked in parts is what would have been answered at once.
+    # Questions asked in parts get the same answers as all at once.
     for layers in race.complete:
         assert (race.values(layers) == full.values(layers)).all()
     full.journal.close()

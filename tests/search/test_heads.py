@@ -200,7 +200,7 @@ def test_what_does_not_fit_together_is_refused(make_settings, tmp_path, changes,
 
 
 def test_the_command_says_how_to_build_the_best(base_dir, donor_dir, task_dir, tmp_path):
-    """And what a search found is not replaced by one over layers."""
+    """And a search over layers does not replace the result of a search over heads."""
     flags = ["--base", base_dir, "--donor", donor_dir, "--task", task_dir, "--output_dir", tmp_path / "out"]
     few = ["--method", "beam", "--max_heads", 2, "--limit", 2, "--device", "cpu"]
     result = run_command("search_layers", *flags, "--unit", "heads", *few)
@@ -216,6 +216,8 @@ def test_the_command_says_how_to_build_the_best(base_dir, donor_dir, task_dir, t
     assert info["grafted_heads"] == {str(layer): heads for layer, heads in best.items()}
     singles = run_command("search_layers", *flags, "--unit", "heads", "--method", "singles", "--max_heads", 3)
     assert_refused(singles, "takes heads one by one: leave out --max_heads 3", code=2)
+    singles = run_command("search_layers", *flags, "--unit", "heads", "--method", "singles", "--max_layers", 3)
+    assert_refused(singles, "max_layers", "max_heads")
     layers = run_command("search_layers", *flags, "--method", "singles")
     assert_refused(layers, "has the result of another search", "unit: was heads, is now not given")
 

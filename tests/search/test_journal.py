@@ -1,4 +1,4 @@
-"""The journal: what was added is there after any crash, and nothing that is not whole is taken for an entry."""
+"""The journal: what was added is there after any crash, and only a whole line is taken for an entry."""
 
 import os
 import resource
@@ -45,7 +45,7 @@ def test_a_torn_last_line_is_taken_off_and_the_next_one_stands_by_itself(path):
 
 
 def test_a_last_line_with_a_block_that_was_not_on_the_disk_is_taken_off(path):
-    """After a power cut; bytes of a block that was not written read as zeros."""
+    """A power cut can cause this: the bytes of a block that was not written are zeros."""
     data = path.read_bytes()
     last = data.rindex(b"\n", 0, -1) + 1
     for start, end in ((last, last + 5), (last + 5, len(data) - 3), (last, len(data))):

@@ -1,4 +1,4 @@
-"""What a plan says that a search costs at most is not less than what it takes, and where it can be exact it is."""
+"""A search costs no more than its plan says. Where the plan can be exact, it is exact."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ def test_all_sets_take_as_many_passes_as_is_said(least, most):
 @pytest.mark.parametrize("fixed", [frozenset(), frozenset({1})])
 @pytest.mark.parametrize("most_kv_heads", [None, 1, 2])
 def test_sets_of_heads_are_counted(fixed, most_kv_heads):
-    """Of three layers with four query heads, two of which share a key/value head each."""
+    """Three layers have four query heads each. Two query heads share a key/value head."""
     units = Units(4, 2)
     space = SearchSpace(3, 1, 3, {}, fixed, units, most_kv_heads)
     heads = [(layer, head) for layer in range(3) for head in range(4) if layer not in fixed]

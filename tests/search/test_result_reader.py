@@ -41,7 +41,7 @@ def test_older_results_are_read(shape, tmp_path, capsys):
     path = write(tmp_path / "results.json", SHAPES[shape])
     found = read_result(path)
     assert [(each.layers, each.score) for each in found.entries] == WANTED
-    assert found.failures == 1  # a score of 0 was a failure there
+    assert found.failures == 1  # in older programs, a score of 0 was a failure
     combinations, flags = best_of(path, 2)
     assert [(each.name, each.layers, each.score) for each in combinations] == [
         ("llamba_replaced_11_13_17_21", (11, 13, 17, 21), "0.57"),

@@ -1,4 +1,7 @@
-"""The search as a whole: killed anywhere it ends the same; its best is built by one command and scores what it said."""
+"""The search as a whole. A killed search continues to the same result. One command builds the best.
+
+What it builds has the score that the search gave.
+"""
 
 import contextlib
 import json
@@ -232,7 +235,7 @@ def another(folder: Path, target: Path) -> Path:
 
 
 def test_another_model_under_the_same_name_is_found_out(make_settings, base_dir, donor_dir, tmp_path):
-    """Layers and scores are those of what the names stand for now."""
+    """Layers and scores belong to the models that the names stand for now."""
     other = another(donor_dir, tmp_path / "other")
 
     def settings(donor: Path, folder: str = "search") -> SearchSettings:
@@ -290,7 +293,7 @@ def test_the_best_are_built_by_one_command_and_score_what_was_said(exhaustive, t
         checkpoint = tmp_path / ("llamba_replaced_" + "_".join(map(str, row["layers"])))
         info = json.loads((checkpoint / "checkpoint_info.json").read_text())
         assert info["replaced_layers"] == row["layers"]
-        assert info["mmlu_score"] is None  # it is another task's
+        assert info["mmlu_score"] is None  # the search's score is for another task
         evaluated = evaluate_checkpoint(checkpoint, tasks=[str(task_dir)], batch_size=3)
         right = sum(task["score"] * task["questions"] for task in evaluated["tasks"].values())
         assert row["accuracy"] == pytest.approx(right / evaluated["questions"])
@@ -354,7 +357,7 @@ FILTERED = {"filter_list": [{"name": "first", "filter": [{"function": "take_firs
     [(ROLLING, "of whole texts"), (FILTERED, "has filters"), ({}, "no metric acc")],
 )
 def test_tasks_that_cannot_be_taken_are_refused(make_settings, tmp_path, monkeypatch, changes, words):
-    """Before their data is looked for, where the definition tells; also in a group, behind one that can be taken."""
+    """If the definition shows it, before the data is looked for; also in a group, after a good task."""
     if not changes:
         folder = write_task(tmp_path / "task", "odd", make_questions(3), metric_list=[{"metric": "acc_norm"}])
     else:
@@ -382,7 +385,7 @@ def test_nll_needs_the_right_answer(make_settings, tmp_path, changes):
 
 
 def journaled(folder: Path, name: str) -> dict[tuple[int, ...], list]:
-    """What the journal has of each set's questions, in their order; nothing raced, and no set was asked in parts."""
+    """The journal's field `name` by set, in the order of the rounds; without a race, a set has one entry."""
     entries = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
     questions = {}
     for entry in entries:
@@ -440,7 +443,7 @@ def test_a_task_that_generates_is_searched_by_its_right_answers(tmp_path):
     build_checkpoint("tiny_llamba", [10], tmp_path / "embedded_recall" / "donor_layers", tmp_path / "graft")
     written = evaluate_checkpoint(tmp_path / "graft", tasks=["embedded_recall_generated"], lengths=(32, 64), limit=2)
     scores = [row["score"] for row in written["tasks"].values()]
-    assert right["embedded_recall_generated"][10,] == pytest.approx(sum(scores) / 2)  # greedy decoding writes it
+    assert right["embedded_recall_generated"][10,] == pytest.approx(sum(scores) / 2)  # by greedy decoding
 
 
 def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
@@ -521,7 +524,7 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
 
 
 def test_single_layers_in_a_race_take_less_than_half_of_each_alone(tmp_path):
-    """Of the embedded pair; unraced they take (n + n (n + 1) / 2) / n^2, which is more."""
+    """With the embedded pair. Without a race, single layers take (n + n (n + 1) / 2) / n^2, which is more."""
     flags = ["--base", "tiny_llamba", "--donor", "tiny_llama", "--task", "embedded_recall", "--limit", 60]
     race = ["--method", "singles", "--race", "on", "--top", 1, "--device", "cpu", "--output_dir", tmp_path / "out"]
     result = run_command("search_layers", *flags, *race)

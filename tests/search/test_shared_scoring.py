@@ -89,7 +89,7 @@ def assert_divergences_are(questions, results, checkpoint, donor_dir):
 
 def test_after_the_last_mixing_only_scored_positions_go_on(loaded, make_scorer):
     pair, questions, scorer = loaded.pair, loaded.questions, make_scorer()
-    dict(scorer.score([(3,)]))  # tries each shape once
+    dict(scorer.score([(3,)]))  # the first run compares two ways per shape
     rows = []
     hook = pair.layer(3, (3,)).mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))
     dict(scorer.score([(3,)]))

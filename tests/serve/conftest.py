@@ -42,7 +42,7 @@ SCORED = {"tasks": ("embedded_recall", "embedded_recall_generated"), "lengths": 
 
 
 def assert_scores_are_ours(checkpoint: Path, server: Server, results_dir: Path, **env: str) -> Path:
-    """Tasks scored through the server, chosen and generated, have our own answers; the folder of their results."""
+    """Check that both kinds of task get our own answers through the server. Return the results' folder."""
     flags = ("--checkpoint", checkpoint, "--tasks", *SCORED["tasks"], "--results_dir", results_dir)
     flags += ("--limit", SCORED["limit"], "--lengths", *SCORED["lengths"])
     asked = run_command("test_checkpoint", *flags, "--server", server.url, "--model", server.name, **env)
@@ -72,7 +72,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory) -> Iterator[Callable[..., Server]]:
-    """Runs serve_checkpoint.py until it says that it is ready; the server is ended with the tests."""
+    """Starts serve_checkpoint.py, and waits until it says that it is ready. Ends it after the tests."""
     started = []
 
     def start(checkpoint: Path, *flags: object) -> Server:

@@ -1,7 +1,8 @@
 """`python generate_by_vllm.py FILE.json`: vLLM's greedy answers to the cases in the file go into FILE.out.
 
-A case is a model's folder, options for vLLM, and prompts. What comes back are answers, or the error that refused it.
-One process runs all cases, engine and all, as most of a start is imports.
+A case is a model's folder, options for vLLM, prompts, and a number of new tokens. The result is answers, or
+the error with which vLLM refused the case. One process runs all cases and the engine, because imports take
+most of the time of a start.
 """
 
 import gc

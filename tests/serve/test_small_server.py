@@ -1,5 +1,6 @@
 """serve_checkpoint.py where vLLM is not installed: the same API, answered by `generate`; and what it refuses."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model_preparation import SurgeryError, evaluate_checkpoint
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.io.complete_file import write_file
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.serve.small_server import Answering, Refused
+from model_preparation.serve.small_server import Answering, Refused, _Handler
 from model_preparation.serve.vllm_versions import installed_vllm
 from tests.conftest import assert_refused, run_command
 from tests.serve.conftest import SCORED, assert_scores_are_ours
@@ -38,6 +41,11 @@ def server(serve, served_dirs, quick_children, tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(served_dirs):
     return load_checkpoint(served_dirs["pt"])[0]
+
+
+@pytest.fixture(scope="module")
+def answering(served_dirs) -> Answering:
+    return Answering(*load_checkpoint(served_dirs["pt"]), "graft")
 
 
 def send(server, path: str, body: dict | bytes | None = None, key: str = "secret") -> tuple[int, str]:
@@ -117,6 +125,7 @@ def test_several_prompts_and_answers_stop_words_and_streaming(server):
         ("/v1/completions", {"prompt": "Ada", "model": "other"}, 404, "other"),
         ("/v1/completions", {}, 400, "prompt is missing"),
         ("/v1/completions", b"[", 400, "JSON"),
+        ("/v1/completions", b'{"prompt": "\\ud800"}', 400, "half of a surrogate pair"),
         ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "Ada"}]}, 400, "no tools here"),
         ("/v1/embeddings", {}, 404, "embeddings"),
     ],
@@ -124,6 +133,40 @@ def test_several_prompts_and_answers_stop_words_and_streaming(server):
 def test_what_is_refused(server, path, body, status, words):
     found, answer = send(server, path, body)
     assert (found, words in json.loads(answer)["error"]["message"]) == (status, True), answer
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    prompt=st.text(st.characters(codec="utf-8"), min_size=1, max_size=6)
+    | st.lists(st.integers(0, 53), min_size=1, max_size=4),
+    temperature=st.sampled_from([0, 1, 5e-324, 1e-46, 1e-6, 1e-5, 1e38, 1e300]) | st.floats(0, 2),
+    top_p=st.sampled_from([0, 1e-300, 0.5, 1]),
+    seed=st.none() | st.integers(),
+    logprobs=st.none() | st.integers(0, 20),
+    n=st.integers(1, 2),
+    echo=st.booleans(),
+)
+def test_any_request_that_is_not_refused_gets_text(answering, **fields):
+    with contextlib.suppress(Refused):  # a prompt may have no tokens
+        answer = answering.complete({**fields, "max_tokens": 2}, lambda _: None)
+        assert len(answer["choices"]) == fields["n"]
+        json.dumps(answer, allow_nan=False)
+
+
+def test_a_failure_of_the_server_is_an_answer_too(answering, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise RuntimeError("too little memory")
+
+    monkeypatch.setattr(answering._model, "generate", fail)
+    handler = type("Handler", (_Handler,), {"answers": answering, "key": None})
+    with HTTPServer(("127.0.0.1", 0), handler) as http:
+        http.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.handle_request)
+        thread.start()
+        status, answer = send(http, "/v1/completions", {"prompt": "Ada"})
+        thread.join()
+    assert (status, json.loads(answer)["error"]["message"]) == (500, "The server failed: too little memory")
+    assert "RuntimeError: too little memory" in capfd.readouterr().err
 
 
 def test_the_key_is_needed_and_health_needs_none(server):
@@ -196,6 +239,8 @@ def test_servers_that_cannot_score(served_dirs, tmp_path):
     assert_refused(run_command("test_checkpoint", *flags, "--server", url), url, "refused", "--server")
     assert_refused(run_command("test_checkpoint", "--server", url), "--tokenizer", "--results_dir", code=2)
     assert_refused(run_command("test_checkpoint", *flags, "--model", "a"), "--server", code=2)
+    measured = run_command("test_checkpoint", *flags, "--server", url, "--efficiency")
+    assert_refused(measured, "--efficiency measures a model in this process", "leave out --server", code=2)
 
 
 def test_ctrl_c_ends_it(server):
@@ -238,7 +283,7 @@ def test_a_damaged_checkpoint_is_found_by_verify(served_dirs, tmp_path):
 
 @pytest.mark.parametrize(("version", "words"), [(None, "not installed"), ("0.30.1", "0.30.1"), ("0.34.0", "0.34.0")])
 def test_a_missing_or_other_vllm(served_dirs, tmp_path, version, words):
-    """The package alone is played: what is installed is asked of Python's own metadata."""
+    """Only vLLM's metadata is faked: our code asks it which version is installed."""
     if version is None and installed_vllm() is not None:
         pytest.skip("vLLM is installed")
     if version is not None:

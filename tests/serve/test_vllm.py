@@ -214,7 +214,7 @@ def assert_ends_all(process: subprocess.Popen, number: int, code: int) -> None:
 
 
 def runs_engine(process: subprocess.Popen) -> bool:
-    """Whether vLLM's engine has started: a process of its own, which gives itself this name."""
+    """Whether vLLM's engine has started: a process that names itself VLLM::EngineCore."""
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # vLLM also starts programs that end at once
             if "VLLM::EngineCore" in " ".join(child.cmdline()):
@@ -232,9 +232,9 @@ TIGHT = {
 
 
 def tight_prompts(prompts: list[list[int]], make: Callable) -> list[list[int]]:
-    """`prompts`; some that begin alike, twice; and some of which each outgrows its first block of 128 tokens.
+    """`prompts`; some prompts that begin alike, twice; and some that outgrow their first block of 128 tokens.
 
-    Of the 20 blocks three requests have 18 by then.
+    When they do, three requests have 18 of the 20 blocks.
 
     Args:
         make: gives prompts of these lengths, from a seed.
@@ -284,7 +284,7 @@ def odd_models(tmp_path_factory) -> dict[str, tuple[Path, LlambaForCausalLM]]:
 
 @pytest.fixture(scope="module")
 def by_vllm(served_dirs, odd_models, prompts, tmp_path_factory) -> tuple[list[dict], list[dict], str]:
-    """(cases, what vLLM gave for each, all that it printed); see generate_by_vllm.py. A process without a server."""
+    """(cases, what vLLM gave for each, all that it printed); see generate_by_vllm.py. No server runs."""
     graft = {"folder": str(served_dirs["hf"]), "prompts": prompts}
     cases = [
         {**graft, "options": TIGHT, "prompts": tight_prompts(prompts, partial(prompts_of, range(3, 54)))},

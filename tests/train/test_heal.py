@@ -24,7 +24,7 @@ from model_preparation.train.heal.sequences import hold_out, load_sequences
 from model_preparation.train.heal.settings import TRACKERS, HealSettings
 from model_preparation.train.heal.trained_layers import trained_layers
 from model_preparation.train.heal.training_arguments import TRACKER_VERSIONS, check_tracker
-from tests.conftest import PACKAGE, assert_refused, run_command
+from tests.conftest import PACKAGE, assert_refused, run_command, run_python
 from tests.train.cutting import write_text
 
 
@@ -322,6 +322,24 @@ def test_a_single_step_trains_and_a_worse_end_is_told(flags, checkpoint_dir, tmp
     for folder, when in ((checkpoint_dir, "before"), (out, "after")):
         model, tokenizer = load_checkpoint(folder)
         assert generate_text(model, tokenizer, text["prompt"], max_new_tokens=40).text == text[when]
+
+
+def test_after_a_failed_training_ctrl_c_works_again(checkpoint_dir, text_file, tmp_path):
+    code = """
+import signal, sys
+from model_preparation import heal_checkpoint
+from model_preparation.errors import SurgeryError
+before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+wild = {"block_size": 16, "batch_size": 2, "max_steps": 3, "learning_rate": 1e25, "max_grad_norm": 0.0}
+try:
+    heal_checkpoint(*sys.argv[1:], **wild, logging_steps=1, device="cpu")
+except SurgeryError as error:
+    print(error)
+print([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before)
+"""
+    result = run_python("-c", code, str(checkpoint_dir), str(text_file), str(tmp_path / "out"), cwd=PACKAGE.parent)
+    assert "The loss is " in result.stdout, result.stderr
+    assert result.stdout.splitlines()[-1] == "True"
 
 
 def test_a_tracker_that_is_not_installed_or_too_new_is_named(heal, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,13 +108,24 @@ def test_what_is_half_written_is_skipped_and_named(heal, healed, tmp_path):
     (states / "checkpoint-6" / STATE_FILE).unlink()
     (states / "checkpoint-8.partial").mkdir()
     (states / "checkpoint-8.partial" / ".held_by").write_text("{}")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here, elsewhere = (f"checkpoint-9.partial-{host}-{ended.pid}" for host in (socket.gethostname(), "elsewhere"))
+    for name in (here, elsewhere):  # as on a file system without locks
+        shutil.copytree(states / "checkpoint-8.partial", states / name)
     result = heal(tmp_path / "out")
-    for name in ("checkpoint-6", "checkpoint-8.partial"):
-        assert f"{states / name} is damaged, or incomplete because its run was killed: it is not used" in result.stdout
+    ends = {
+        "checkpoint-6": "renamed to checkpoint-6.aside",
+        **dict.fromkeys(["checkpoint-8.partial", here], "removed"),
+        elsewhere: "left there",
+    }
+    for name, end in ends.items():
+        why = "is damaged, or incomplete because its run was killed: it is not used, and"
+        assert f"{states / name} {why} {end}." in result.stdout
     assert f"Resuming from {states / 'checkpoint-4'}" in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
     names = sorted(path.name for path in states.iterdir())
-    assert names == ["checkpoint-3", "checkpoint-4", "checkpoint-6", "checkpoint-6.aside"]
+    assert names == ["checkpoint-3", "checkpoint-4", "checkpoint-6", "checkpoint-6.aside", elsewhere]
 
 
 def test_a_damaged_state_is_named_and_the_one_before_it_offered(heal, healed, tmp_path):

@@ -181,7 +181,7 @@ class CommonQuestions:
     by_prompt: bool
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """The field `name` of all answers, which is `value` or `right_probability`, as (m, n)."""
+        """One field of all answers, (m, n). `name` is "value" or "right_probability"."""
         return np.array([[getattr(row[model], name) for row in self.rows] for model in range(len(self.answers))])
 
     def differing(self, name: str) -> int:

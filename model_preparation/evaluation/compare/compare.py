@@ -150,8 +150,8 @@ def compare_evaluations(
 
     Args:
         folders: two or more checkpoints, evaluations, or output folders of lm-eval (see evaluation_files.py).
-        task: the only task or group of lm-eval to compare. If a folder has several evaluations, it can also be the name
-            of the evaluation's folder.
+        task: the only task or group of lm-eval to compare. If a folder has several evaluations, `task` can
+            also be the name of one evaluation's folder.
         metric: the name of a number that lm-eval has for each question. "METRIC,FILTER" also chooses among several
             filters. By default it is acc, or the first metric that lm-eval names, if a task has no acc.
         seed: of the bootstrap. A subject's interval depends only on the seed and on the answers to that subject.

@@ -32,6 +32,8 @@ class Cost:
 def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
     """Each model's cost, or None if it was not measured. The context is the longest one that all measured models share.
 
+    If they share no context, every cost is None.
+
     Raises:
         SurgeryError: if a file of measurements is damaged.
     """

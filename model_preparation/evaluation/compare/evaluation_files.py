@@ -23,7 +23,7 @@ from model_preparation.evaluation.results_folder import SETTINGS, read_checked_j
 from model_preparation.io.result_inputs import differences
 from model_preparation.io.untrusted.untrusted_files import bounded, check_fields
 
-# `--output_path FILE.json` makes FILE_<date>.json of it.
+# With `--output_path FILE.json`, lm_eval calls the results file FILE_<date>.json.
 _RESULTS = re.compile(r"(?!samples_).*_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json")
 _DEPTHS = ("*", "*/*", "*/*/*")  # the deepest: a --results_dir has <task>-<digest>/, which has a folder for the model
 # The fields that are read from a results file; older versions of lm-eval lack some. In `_NAMED` are the fields with an
@@ -136,7 +136,7 @@ def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
     root = given / EVALUATIONS if (given / INFO).is_file() else given
     files = [given] if given.is_file() else [path for depth in _DEPTHS for path in root.glob(depth)]
     files = [path for path in files if path.is_file() and _RESULTS.fullmatch(path.name)]
-    if not given.is_file():  # results of earlier weights count only if the user gives their own folder or file
+    if not given.is_file():  # results of earlier weights count only if `given` is their own folder or file
         files = [path for path in files if not any(EVALUATIONS_ASIDE in part for part in path.relative_to(root).parts)]
     if not files:
         raise _not_finished(given, root)
@@ -207,8 +207,8 @@ def _not_finished(given: Path, root: Path) -> SurgeryError:
             f"Continue it by {command} and the flags it was begun with."
         )
     return SurgeryError(
-        f"{given} has no results_<date>.json, so no evaluation was finished in it. Continue it by {command} and the "
-        f"flags it was begun with, or run lm_eval with --output_path {given} --log_samples."
+        f"{given} has no results_<date>.json, so no evaluation was finished there. Continue an evaluation by "
+        f"{command} and the flags it was begun with, or run lm_eval with --output_path {given} --log_samples."
     )
 
 

@@ -67,7 +67,10 @@ def _example(common: CommonQuestions, index: int, model: int) -> Example:
 
 
 def _text(doc: Any, options: list[str]) -> str:
-    """The question: a line for each field and each choice. A choice has the letter of the prompt, or a number."""
+    """The question: a line for each field and each choice.
+
+    A choice's line begins with its letter in the prompt, or with a number.
+    """
     if not isinstance(doc, dict):
         return _cut(str(doc), _TEXT_CHARACTERS)
     lines = []

@@ -79,7 +79,9 @@ def standard_error(strata: Sequence[NDArray[np.float64]]) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust the p-values of several tests. If no difference is real, the chance that any is below 0.05 is at most 5%.
+    """Adjust the p-values of several tests.
+
+    If no difference is real, the chance that any adjusted p-value is below 0.05 is at most 5%.
 
     Source: Holm 1979, Scand. J. Stat. 6, 65-70.
     """

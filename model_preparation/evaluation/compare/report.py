@@ -83,8 +83,8 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
     Args:
         comparison: the numbers.
         target: the folder.
-        questions: for each model, the most example questions on which it scores higher than the baseline, and also the
-            most on which it scores lower.
+        questions: for each model, show at most this many questions on which it scores higher than the
+            baseline, and at most this many on which it scores lower.
         as_json: whether to write comparison.json too.
         overwrite: whether to replace an earlier report.
 

@@ -1,9 +1,10 @@
 """Makes all bytes of a .pt file except the tensors: the zip structure, as torch.save writes it, and the pickle.
 
-Only the pickle needs torch, so the tensors can be written while torch is imported. Unlike torch.save, this module puts
-the tensors first. Tensors that several files share come before all others, so these files begin with the same bytes.
-The same bytes are hashed only once and, on some file systems, stored only once. Every tensor starts at a multiple of
-`ALIGNMENT` bytes. Sets are sorted before they are pickled, so the same object gives the same bytes in every process.
+Only the pickle needs torch, so the tensors can be written while another thread imports torch. Unlike
+torch.save, this module puts the tensors first. Tensors that several files share come before all others, so
+these files begin with the same bytes. The same bytes are hashed only once and, on some file systems, stored
+only once. Every tensor starts at a multiple of `ALIGNMENT` bytes. Sets are sorted before they are pickled, so
+the same object gives the same bytes in every process.
 
 Sources: PyTorch's torch/serialization.py (`_save`: the records and the persistent ids) and
 caffe2/serialize/inline_container.cc (the other records, the padding); the zip format's APPNOTE, sections 4.3.7
@@ -114,7 +115,7 @@ def _wide(size_bytes: int, packed_bytes: int, start: int) -> bytes:
     return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
 
-_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # the one in Python: its `dispatch` can be changed
+_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # in Python: its `dispatch` can be changed
 
 
 class SortingPickler(_Pickler):

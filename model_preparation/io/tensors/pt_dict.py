@@ -1,4 +1,6 @@
-"""Writes and reads a dict of tensors in torch.save's format, without torch.
+"""Makes the pickle of a torch.save file with a dict of tensors, and finds the tensors in such a file.
+
+This module does not need torch.
 
 Source: PyTorch's torch/_tensor.py (`__reduce_ex__`) and torch/serialization.py (the persistent ids).
 """

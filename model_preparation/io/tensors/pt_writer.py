@@ -34,7 +34,7 @@ def write_together(
 
     Args:
         paths: new files.
-        sources: the tensors that all objects hold, by any names. The files have them in this order.
+        sources: the tensors that all objects hold, by names of your choice. The files keep their order.
         contents: called after the sources are written; makes the objects. Its argument has a placeholder for each
             source, by the same name. All other tensors in the objects are written from memory.
         advance: called for every piece written; may raise.
@@ -49,7 +49,7 @@ def write_together(
         placeholders = {name: _placeholder(source) for name, source in sources.items()}
         objects = contents(placeholders)
         first = [tensor.untyped_storage() for tensor in placeholders.values()]
-        # Only the storages are used here, so Python's fast pickler is enough.
+        # Only the storages are used here, so pickle's fast C version is enough.
         shared = _in_all([pickled(content, pickler=Pickler)[1] for content in objects])
         others = [storage for storage in shared if storage._cdata not in {written._cdata for written in first}]
         if len(first) + len(others) != len(shared):
@@ -134,7 +134,7 @@ def _placeholder(source: "StoredTensor | CastTensor") -> "Tensor":
 
 
 def _in_all(lists: "Iterable[list[torch.UntypedStorage]]") -> "list[torch.UntypedStorage]":
-    """The storages in all lists, in the order of the first."""
+    """The storages that every list has, in the order of the first list."""
     first, *others = lists
     keys = [{storage._cdata for storage in storages} for storages in others]
     return [storage for storage in first if all(storage._cdata in known for known in keys)]

@@ -1,4 +1,4 @@
-"""Refuses quantised models. The error names the method, which the config or the names of the tensors show."""
+"""Refuses quantised models. The error names the method if the config or the tensors' names show it."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -68,7 +68,10 @@ class Shard:
 
     @property
     def _order(self) -> list[str]:
-        """The names in the file's order. Tensors that fill whole blocks come first, so that each begins at a block."""
+        """The names in the file's order.
+
+        Tensors whose size is a multiple of ALIGNMENT come first. So each of these also starts at a multiple.
+        """
         return sorted(self.ranges, key=lambda name: (self._bytes_of(name) % ALIGNMENT != 0, name))
 
     def _bytes_of(self, name: str) -> int:

@@ -1,6 +1,7 @@
 """Reads the weights in a Hugging Face model folder, one tensor at a time, without building the model.
 
-The folder has model.safetensors or pytorch_model.bin, as one file or as shards with an index. No pickle is run.
+The folder has model.safetensors or pytorch_model.bin, as one file or as shards with an index. No code in a
+pickle is run.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ _SINGLE_AND_INDEX = (
 
 
 class TensorFiles:
-    """The tensors of the model in `folder`; `ranges` says where each tensor lies, by name, in the files' order.
+    """The tensors of the model in `folder`; `ranges` says where each tensor lies, by name.
 
     Raises:
         SurgeryError: if there are no weights, a shard is missing, or a file cannot be read as tensors.

@@ -45,13 +45,13 @@ def streaming(paths: Sequence[Path], size_bytes: int, advance: Advance) -> Itera
 
 
 def _wait_for(futures: Sequence[Future]) -> None:
-    """Wait until all futures are done. If some failed, raise the exception of the first of these."""
+    """Wait for the futures in order. If one failed, raise its exception without waiting for the rest."""
     for future in futures:
         future.result()
 
 
 class Stream:
-    """Appends the same bytes to several files. If the file system can do this, the files share them on the disk.
+    """Appends the same bytes to several files. The files share disk blocks if the file system can do this.
 
     The methods raise the file system's errors (OSError), perhaps a few calls late.
     """
@@ -69,7 +69,7 @@ class Stream:
 
     def reserve(self, size_bytes: int) -> None:
         """Reserve disk space for the next `size_bytes`. At least as many bytes must follow."""
-        if len(self._written) == len(self.files):  # if blocks are shared later, Btrfs would keep this space too
+        if len(self._written) == len(self.files):  # not if blocks will be shared: Btrfs would keep the space
             for file in self.files:
                 file.reserve(self.position, size_bytes)
 

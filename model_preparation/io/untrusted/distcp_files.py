@@ -35,7 +35,7 @@ _MAX_ENTRY_BYTES = 1_000_000  # for an entry that is not a tensor
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:  # so a dotted name cannot lead out of an allowed class
+        if (module, name) not in _ALLOWED:  # exact pairs: a dotted name could lead out of a class
             raise ValueError(f"it names {ascii(f'{module}.{name}')[1:-1]:.100}, which could run code")
         return super().find_class(module, name)
 
@@ -61,7 +61,7 @@ def check_shards(folder: Path) -> None:
 
 
 def _entries(path: Path) -> dict[str, tuple[str, int, int]]:
-    """Where each entry lies that is not a tensor, by its name: (file name, offset in bytes, size in bytes)."""
+    """The place of each entry that is not a tensor, by name: (file name, offset in bytes, size in bytes)."""
     if path.stat().st_size > MAX_PICKLE_BYTES:
         raise ValueError(f"it has {path.stat().st_size} bytes, more than {MAX_PICKLE_BYTES // 1_000_000} MB")
     try:

@@ -73,7 +73,7 @@ _OF_A_MODEL = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 
 def stand_in(path: Path) -> str | None:
-    """What a file really is, if only its name is that of a model's file, and what to do; None if it looks right."""
+    """What a file with the name of a model's file really is, and what to do. None if it looks right."""
     if path.suffix not in _CHECKED:
         return None
     if path.with_name(f"{path.name}.aria2").exists():

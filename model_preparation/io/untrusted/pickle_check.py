@@ -78,7 +78,7 @@ def allowed_in_module() -> Allowed:
 
 @dataclass
 class PickleScan:
-    """What a pickle refers to: the bytes of each storage, by key, and the globals that it names."""
+    """What a pickle refers to: the size of each storage in bytes, by key, and the globals that it names."""
 
     storages: dict[str, int] = field(default_factory=dict)
     globals: set[str] = field(default_factory=set)

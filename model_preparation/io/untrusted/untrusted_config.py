@@ -46,7 +46,7 @@ def generation_config_from(fields: dict[str, Any]) -> GenerationConfig:
 
 @contextlib.contextmanager
 def refusing_impossible_models() -> Iterator[None]:
-    """For code that makes an empty model: each error in this context becomes a SurgeryError about the config."""
+    """For code that makes a model, or parts of one, from a config: errors become SurgeryErrors."""
     try:
         yield
     except SurgeryError:

@@ -23,7 +23,7 @@ from model_preparation.terminal import STEERING
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64
 _MAX_DIGITS = 40  # transformers writes 10**30 for a length without limit
-MAX_LAYERS = 1024  # eight times as many as in the deepest Llama
+MAX_LAYERS = 1024  # about eight times as many as in the deepest Llama
 MAX_WIDTH = 1 << 24  # for any dimension in a config
 _OF_NUMBERS = re.compile(
     r".*(factor|theta|beta_fast|beta_slow|mscale|_dim|_size|_heads|_layers|_embeddings|_eps|_token_id)"

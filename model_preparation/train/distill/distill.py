@@ -56,14 +56,14 @@ def distill_llamba_base(
 ) -> dict[str, Any]:
     """Distil `donor` into a Llamba, write the Llamba into `output_dir`, and return the content of distillation.json.
 
-    After a stop, call this again with the same arguments: the run resumes at the next unfinished layer. A stop does not
-    change any byte of the weights, on the same kind of device with equally many threads.
+    After a stop, call this again with the same arguments: the run resumes at the next unfinished layer. A
+    resumed run gives exactly the same weights on the same kind of device with the same number of threads.
 
     Args:
         donor: a name, folder or hub id of a donor, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
-        data: a tensor of tokens, (sequences, length) int64; `TokenData`, which can also have weights; a .txt or .jsonl
-            file, or a folder of such files; or "self" for text that the donor writes.
+        data: a tensor of tokens, (sequences, length) int64; `TokenData`, which can also weight each token's
+            error; a .txt or .jsonl file, or a folder of such files; or "self" for text that the donor writes.
         settings: by default `DistillSettings()`.
         layers: the layers to train, by default all. Other layers keep their initial weights.
         dtype: of the written weights, by default the donor's. The training is in float32.
@@ -75,8 +75,9 @@ def distill_llamba_base(
         given: fields of `DistillSettings` that replace those of `settings`.
 
     Raises:
-        SurgeryError: for an unsupported donor, text that cannot be used, sizes or layers that do not exist, an existing
-            `output_dir`, too little disk space, an earlier run with other settings, or a loss that is not finite.
+        SurgeryError: for an unsupported donor, text that cannot be used, mixer sizes that do not fit, layers
+            that do not exist, an existing `output_dir`, too little disk space, an earlier run with other
+            settings, or a loss that is not finite.
     """
     settings = replace(settings or DistillSettings(), **given)
     output = Path(output_dir).expanduser()

@@ -99,7 +99,10 @@ def states_bytes(tokens: int, config: PreTrainedConfig) -> int:
 
 
 def check_room(folder: Path, tokens: int, config: PreTrainedConfig, kept: Iterable[Path]) -> None:
-    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers. `kept` are files there."""
+    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers.
+
+    The space of the files in `kept` counts as free, because the run uses or replaces these files.
+    """
     needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
     free_bytes = shutil.disk_usage(existing_parent(folder)).free
     if needed_bytes > free_bytes:

@@ -19,7 +19,7 @@ SEQUENCES_AT_ONCE = 64
 
 
 class SelfSampler:
-    """Draws sequences from a donor, without a prompt, at temperature 1, from the whole vocabulary.
+    """Draws sequences from a donor, by default without a prompt, at temperature 1, from the whole vocabulary.
 
     The model runs in bfloat16: rounding matters little for random draws. A sequence continues after an end-of-sequence
     token, as in the packed text that models are trained on.

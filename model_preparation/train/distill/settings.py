@@ -27,9 +27,14 @@ class DistillSettings(CheckedSettings):
         SurgeryError: for a value that its flag refuses.
     """
 
-    tokens: Annotated[int, Flag("N", "tokens of text to read or write; one in 16 is held out", _AT_LEAST_TWO)] = (
-        1_048_576
-    )
+    tokens: Annotated[
+        int,
+        Flag(
+            "N",
+            "tokens of text to read or write; one in 16 is held out, at most 65,536",
+            _AT_LEAST_TWO,
+        ),
+    ] = 1_048_576
     sequence_length: Annotated[int, Flag("N", "tokens per sequence", _AT_LEAST_TWO)] = 512
     steps_per_layer: Annotated[int, Flag("N", "steps of the optimizer for each layer", _COUNT)] = 500
     batch_size: Annotated[int, Flag("N", "sequences per step", _COUNT)] = 8

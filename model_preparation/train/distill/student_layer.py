@@ -60,7 +60,8 @@ def student_tensors(
     ssm, width = config.ssm_cfg, donor_heads * head_dim
     states, groups, taps = ssm["d_state"], ssm["n_qk_heads"], ssm["d_conv"]
     generator = torch.Generator().manual_seed(seed)
-    # For each value head of the mixer, a head of the donor. A key head uses the one of its first value head.
+    # `head_of`: the donor's head for each value head of the mixer.
+    # `group_of`: the donor's head for each key head, taken from the key head's first value head.
     head_of = torch.arange(heads) * donor_heads // heads
     group_of = head_of[:: heads // groups]
     balance = math.sqrt(score_scale(head_dim))

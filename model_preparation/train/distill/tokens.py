@@ -148,10 +148,11 @@ def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
 def tokens_of_text(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int, advance: Callable[[int], None]
 ) -> Tensor:
-    """The first `tokens` tokens of the texts, or all if there are fewer, in whole sequences: (sequences, length) int64.
+    """The first `tokens` tokens of the texts, or all if there are fewer: (sequences, length) int64.
 
-    Long texts are tokenised in pieces, and only as far as needed. Where two pieces meet, tokens can differ from those
-    of a text that is tokenised as a whole.
+    `tokens` is rounded up to whole sequences. If there are fewer tokens, an incomplete last sequence is left
+    out. Long texts are tokenised in pieces, and only as far as needed. Where two pieces meet, tokens can
+    differ from those of a text that is tokenised as a whole.
 
     Args:
         advance: called with the number of tokens of each piece.

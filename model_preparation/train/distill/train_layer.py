@@ -1,4 +1,4 @@
-"""Trains only the mixer of a Llamba layer: on the same inputs, the mixer learns to give the outputs of a donor's layer.
+"""Trains only the mixer of a Llamba layer, on the outputs of the donor's attention or whole layer.
 
 Source: MOHAWK, arXiv 2408.10189, stage 2, hidden-state alignment.
 """
@@ -125,7 +125,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Yield random batches of whole sequences without end. A sequence comes at most once in a pass over all.
+    """Yield random batches of whole sequences, endlessly. A sequence comes at most once in each pass.
 
     Args:
         states: (sequences, length, width).

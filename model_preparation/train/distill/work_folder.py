@@ -4,7 +4,8 @@
     drawn_NNN.safetensors   a batch of text that the donor wrote
     tokens.safetensors      all tokens, for training and held out
     layer_NN.safetensors    a finished layer: its mixer, float32, and its record (errors and losses)
-    states_for_layer_NN     a folder for hidden states that are larger than the memory limit
+    states_for_layer_NN.partial
+                            a folder for hidden states that are larger than the memory limit
 
 Only one run at a time uses the folder. Each file appears whole or not at all.
 """
@@ -43,7 +44,7 @@ class WorkFolder:
 
     @contextmanager
     def held(self, text: Mapping[str, Any], training: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
-        """Lock the folder for a `with` block. First check that its tokens and layers were made with these settings.
+        """Lock the folder for a `with` block. Then check that these settings made its tokens and layers.
 
         Args:
             text: the settings that change the tokens; JSON values.

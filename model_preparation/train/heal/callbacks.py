@@ -69,7 +69,8 @@ class SaveWhenStopped(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def restore_handlers(self) -> None:
+        """Give Ctrl-C and SIGTERM the effects that they had before the training."""
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

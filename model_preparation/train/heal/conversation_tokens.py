@@ -1,8 +1,8 @@
 """Turns conversations into tokens with a chat template, and finds the tokens to learn.
 
 If the template has generation tags that mark text, this text is the assistant's. Otherwise the template renders the
-messages before a turn, with the generation prompt, and then the messages up to the turn. The turn's text is what the
-second text adds to the first.
+messages before a turn, with the generation prompt. Then the template renders the same messages and the turn.
+The turn's text is what the second text adds to the first.
 """
 
 import json
@@ -115,7 +115,7 @@ def _rendered(
 def _turn(text: str, messages: list[Message], index: int, render: Callable[..., str]) -> Span | None:
     """Where message `index`, a turn of the assistant, is in `text`, the rendering of all messages.
 
-    None if the template changes the message, or renders the beginning otherwise when other messages follow.
+    None if the template changes the message, or renders earlier messages differently when more follow.
     """
     before, prompt = render(messages[:index]), render(messages[:index], add_generation_prompt=True)
     after = render(messages[: index + 1])

@@ -175,7 +175,10 @@ def heal_checkpoint(
         )
     if state is not None and trainer.first_step == args.max_steps:
         say(f"{state.folder.name} has done all of these steps. It becomes the checkpoint; nothing is trained.")
-    _train(trainer, states)
+    try:
+        _train(trainer, states)
+    finally:
+        stopper.restore_handlers()
     if stopper.received is not None and trainer.state.global_step < args.max_steps:
         say(f"Stopped after step {trainer.state.global_step}. The same command resumes from {states}.")
         raise KeyboardInterrupt if stopper.received == signal.SIGINT else SystemExit(128 + stopper.received)
@@ -313,7 +316,7 @@ def _healed_model(
 def _merged(
     adapted: Any, parent_info: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
-    """The model with its adapter merged, and by name the function that writes the adapter into the model's folder."""
+    """The merged model, and {`ADAPTER`: the function that writes the adapter into a folder}."""
     adapter = adapter_of(adapted)
     return bare_model(parent_info, merge(adapted).state_dict(), dtype), {ADAPTER: partial(write_adapter, adapter)}
 

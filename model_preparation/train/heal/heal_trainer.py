@@ -1,9 +1,9 @@
 """transformers' Trainer for healing: the losses of healing, and states from which a run resumes exactly.
 
-It differs from the Trainer in four ways. A state is written into a staging folder, gets digests, and is then renamed. A
-state holds only tensors and plain values. A state keeps the part of the loss that was not logged yet. Which data come
-next depends on the number of sequences seen, not on the number of processes. With FSDP, the weights in a state are
-shards in the format of torch.distributed.checkpoint.
+It differs from the Trainer mainly in four ways. A state is written into a staging folder, gets digests, and
+is then renamed. A state holds only tensors and plain values. A state keeps the part of the loss that was not
+logged yet. Which data come next depends on the number of sequences seen, not on the number of processes. With
+FSDP, the weights in a state are shards in the format of torch.distributed.checkpoint.
 """
 
 import contextlib
@@ -317,7 +317,8 @@ class HealTrainer(Trainer):
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # with other processes, transformers would warn of other intervals
+        # After a change of the number of processes, transformers would warn that the intervals differ.
+        logging.set_verbosity_error()
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )

@@ -1,8 +1,8 @@
 """The states from which a run resumes: `checkpoint-N` folders, each complete or absent.
 
 In a state, `resume_state.json` is written last and has the digest of every other file. A folder without this file is no
-state. Without such a file, a half-written state would be loaded (transformers#35525). heal_trainer.py decides what a
-state holds, and restores it.
+state. transformers has no such file, so it would load a half-written state (transformers#35525).
+heal_trainer.py decides what a state holds, and restores it.
 """
 
 import contextlib

@@ -23,6 +23,7 @@ from model_preparation.checkpoint.model_digests import (
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, find_others, load_other
 from model_preparation.io.complete_folder import remove_abandoned
+from model_preparation.io.folder_lock import is_partial
 from model_preparation.io.result_inputs import differences, name_of
 from model_preparation.io.text import read_text
 from model_preparation.llamba import LlambaForCausalLM
@@ -292,11 +293,11 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path 
     is_named = resume not in ("auto", "must", "never")
     found, incomplete = list_states(states, damaged_too=is_named or resume == "never")
     if states.is_dir():
-        asides = set_aside(states / name for name in incomplete if not name.endswith(".partial"))
+        asides = set_aside(states / name for name in incomplete if not is_partial(name))
+        removed = {folder.name for folder in remove_abandoned(states)}
         for name in incomplete:
-            end = f"renamed to {asides[name]}" if name in asides else "removed"
+            end = f"renamed to {asides[name]}" if name in asides else "removed" if name in removed else "left there"
             say(f"{states / name} is damaged, or incomplete because its run was killed: it is not used, and {end}.")
-        remove_abandoned(states)
     if resume == "never":
         if found and not overwrite:
             raise SurgeryError(

@@ -43,7 +43,7 @@ def write_conversations(
         tokenizer: the checkpoint's tokenizer. Its template is used.
 
     Raises:
-        SurgeryError: if there is no template, or the donor finishes too few conversations.
+        SurgeryError: if there is no usable template, or the donor finishes too few conversations.
     """
     own, template = tokenizer, tokenizer.chat_template
     if not template:

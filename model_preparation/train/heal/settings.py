@@ -184,12 +184,13 @@ class HealSettings(CheckedSettings):
             )
         if self.segment_length and self.gradient_checkpointing:
             raise SurgeryError(
-                "gradient_checkpointing and segment_length cannot be used together: states would be updated twice. "
-                "Give one of them."
+                "gradient_checkpointing and segment_length cannot be used together: the layers' states "
+                "would be updated twice. Give only one of them."
             )
         if not self.always_save and not self.eval_interval:
             raise SurgeryError(
-                "Without always_save, a state is saved if the held-out loss improves. Give an eval_interval above 0."
+                "Without always_save, a state is saved only if the held-out loss improves. "
+                "Give an eval_interval above 0."
             )
 
     @property

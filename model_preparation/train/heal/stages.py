@@ -1,7 +1,8 @@
 """Heals in stages, such as short texts, then conversations, then long texts. Each stage trains the previous result.
 
-A stage is a healing like any other. The folder of states has the states and the checkpoint of each stage, under the
-stage's name. Only the last checkpoint goes into OUTPUT_DIR. A killed run resumes in the stage in which it was.
+A stage is a healing like any other. In the folder of states, NAME_resume holds the states of stage NAME, and
+NAME holds its checkpoint. Only the last checkpoint goes into OUTPUT_DIR instead. A killed run resumes in the
+stage in which it was.
 """
 
 import os

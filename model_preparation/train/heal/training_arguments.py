@@ -81,7 +81,7 @@ def training_arguments(
             gradient_accumulation_steps=size.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=rise if rise > 1 else 0,  # a rise begins at rate 0: one of a single step wastes it
+            warmup_steps=rise if rise > 1 else 0,  # a rise begins at rate 0, so a single step would be wasted
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bfloat16",

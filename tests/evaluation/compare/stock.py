@@ -1,6 +1,7 @@
-"""Evaluations made by stock lm-eval: its tasks, its scoring, its files; only the model is a table of random numbers.
+"""Evaluations made by stock lm-eval, with its scoring and its files. Only the tasks and the model are ours.
 
-Four subjects of unequal size in two groups under one, in the manner of MMLU; `plants` has one question twice.
+The model gives random numbers. As in MMLU, the group `quiz` has groups, and the groups have subjects.
+The four subjects have unequal sizes; `plants` has one question twice.
 """
 
 import json
@@ -125,7 +126,7 @@ def samples_of(folder: Path, subject: str) -> list[dict]:
 
 
 def change_samples(folder: Path, change) -> None:
-    """Put every sample line through `change`, which alters the dict or returns another text in its place."""
+    """Put every sample line through `change`, which alters the dict in place."""
     for path in folder.glob("**/samples_*.jsonl"):
         lines = []
         for line in path.read_text().split("\n")[:-1]:

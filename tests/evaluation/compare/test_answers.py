@@ -1,4 +1,4 @@
-"""Which questions are the same: by content, as often as they occur in all, whatever their order."""
+"""`match` pairs questions of equal content, in any order, each as often as all evaluations have it."""
 
 from collections import Counter
 from pathlib import Path

@@ -32,7 +32,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock(tasks, tmp_path_factory):
-    """Evaluations of `quiz`, `one` and `two`, and of its groups, `nature` and `letters`. Copy them to change them."""
+    """Evaluations: `one`, `two` of `quiz`; `nature`, `letters` of its groups. Copy them to change them."""
     folder = tmp_path_factory.mktemp("stock")
     evaluate(tasks, folder / "one", seed=1)
     evaluate(tasks, folder / "two", seed=2)
@@ -280,7 +280,7 @@ def test_three_models_and_another_baseline(copy, tmp_path):
 
 
 def test_rows_of_two_copies_of_the_data_are_matched_by_their_prompts(copy):
-    # As a copy of the data set with another column would have it.
+    # A copy of the data set with another column would give such hashes.
     change_samples(copy / "two", lambda sample: sample.update(doc_hash="other" + sample["doc_hash"]))
     comparison = compare(copy)
     assert row_of(comparison, "quiz").questions == 34
@@ -318,6 +318,8 @@ def test_the_questions_shown_are_those_on_which_the_models_are_furthest_apart(st
 
 
 def test_a_long_example_has_its_beginning_and_its_end_where_recall_tasks_ask(copy):
+    """The question of a recall task is at the end of its text."""
+
     def lengthen(sample):
         sample["doc"] = {"input": f"Remember this. {'The grass is green. ' * 400}What is it?"}
         sample["target"] = ["red", "blue"]
@@ -391,7 +393,7 @@ def test_checkpoints_are_known_by_name_and_layers_and_compared_by_the_settings_t
     compare_evaluations([one, two], task="mmlu-aa", resamples=200)
     with pytest.raises(SurgeryError, match="no finished evaluation of 'gsm8k'"):
         compare_evaluations([one, two], task="gsm8k")
-    # Two evaluations of one checkpoint: then they are what is told apart.
+    # For two evaluations of one checkpoint, the names are those of the evaluations.
     both = compare_evaluations([one / "evaluations" / "mmlu-aa", one / "evaluations" / "mmlu-bb"], resamples=200)
     assert [model.name for model in both.models] == ["mmlu-aa", "mmlu-bb"]
     assert both.models[0].layers == [1, 3]
@@ -410,7 +412,7 @@ def test_an_evaluation_that_is_not_finished_names_the_command_that_goes_on(stock
     with pytest.raises(SurgeryError, match=r"has not been evaluated\. Run python test_checkpoint\.py"):
         compare_evaluations([stock / "one", never])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SurgeryError, match=r"no evaluation was finished in it.*--output_path .*empty --log_samples"):
+    with pytest.raises(SurgeryError, match=r"no evaluation was finished there.*--output_path .*empty --log_samples"):
         compare_evaluations([stock / "one", tmp_path / "empty"])
 
 

@@ -12,7 +12,7 @@ from tests.evaluation.compare.stock import change_samples, evaluate, write_tasks
 
 HOSTILE = "<img src=x onerror=alert(1)>$x$ 模型"
 
-# Clicks headers, and notes the order of the rows after each click, the requests made and errors met.
+# Clicks headers, and notes the order of the rows after each click, the requests made, and what is drawn.
 DRIVER = """
 const order = (id) => [...document.querySelectorAll(`#${id} tbody tr`)]
   .map((row) => [...row.cells].map((cell) => cell.textContent.trim()));
@@ -35,7 +35,7 @@ window.seen = seen;
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A report on a baseline of ordinary name and a model whose name and questions are hostile."""
+    """A report on a baseline and a model with a hostile name. The questions of both are hostile."""
     folder = tmp_path_factory.mktemp("report")
     tasks = write_tasks(folder / "tasks")
     evaluate(tasks, folder / "one", seed=1)

@@ -1,4 +1,6 @@
-"""Files made to do harm: refused with one clear sentence, without running, hanging, allocating or reading elsewhere."""
+"""Files made to do harm. Each is refused with one clear sentence, and none makes us run its code, hang,
+allocate too much memory or read another file.
+"""
 
 import builtins
 import codecs
@@ -37,7 +39,7 @@ SYSTEM = b"cposix\nsystem\nX\x04\0\0\0true\x85R."
 
 
 class Runs:
-    """Pickled, it is a call."""
+    """An object whose pickle calls `function` when it is loaded."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -100,8 +102,9 @@ def test_code_is_refused_by_the_name_of_its_global(protocol, function, arguments
     [
         (b"(X\x04\0\0\0trueiposix\nsystem\n.", "posix.system"),
         (b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94h\x00h\x01\x93.", "posix.system"),  # out of the memo
-        (b"\x80\x02}NNcos\nsystem\n0l0cbuiltins\nexec\n.", "os.system, builtins.exec"),  # all of them, garbage between
-        (b"\x80\x02cposix\nsystem\x1b[2J\n.", r"posix.system\x1b[2J"),  # nothing for the terminal to obey
+        # Two globals with garbage between: both are named.
+        (b"\x80\x02}NNcos\nsystem\n0l0cbuiltins\nexec\n.", "os.system, builtins.exec"),
+        (b"\x80\x02cposix\nsystem\x1b[2J\n.", r"posix.system\x1b[2J"),  # the escape sequence is spelled out
         (b"\x80\x04N\x8c\x06system\x93.", "unknown.name"),
     ],
 )
@@ -146,7 +149,7 @@ def test_calls_that_torch_would_run_are_refused_before(call):
 
 
 def test_nested_tuples_cannot_overflow_the_stack(layers):
-    """A dict's key of a million tuples in each other would crash the interpreter as it is hashed."""
+    """A dict key of a million nested tuples would crash the interpreter when the key is hashed."""
     put_pickle(layers / "layer_00.pt", b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"Ns.")
     refused(layers / "layer_00.pt", "nests tuples")
     doubled = b"\x80\x02}N" + b"".join(b"q\x00h\x00\x86" for _ in range(40)) + b"Ns."  # 2**40 items to be hashed
@@ -158,7 +161,7 @@ def test_nested_tuples_cannot_overflow_the_stack(layers):
 
 
 def archive(path: Path) -> tuple[bytearray, dict[str, tuple[int, int]]]:
-    """The file's bytes, and per record where its directory entry and its local header start."""
+    """The file's bytes, and the starts of each record's directory entry and local header."""
     data = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as opened:
         entry = opened.start_dir
@@ -458,7 +461,7 @@ def test_a_tokenizer_leads_to_no_file_outside(layers, tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
 def test_a_byte_order_mark_that_transformers_cannot_read_is_named(name, donor):
     (donor / name).write_bytes(codecs.BOM_UTF8 + (donor / name).read_bytes())
-    assert read_config(donor).model_type == "llama"  # which we can
+    assert read_config(donor).model_type == "llama"  # our own reader skips the mark
     with pytest.raises(SurgeryError, match=rf"{donor / name} begins with a byte-order mark, .* without the mark"):
         load_tokenizer(donor)
 
@@ -490,7 +493,7 @@ def test_a_tokenizer_that_makes_its_library_panic_is_named(part, value, layers):
 
 @pytest.fixture(scope="module")
 def readers(layers_dir, base_dir, donor_dir, checkpoint_dir, tmp_path_factory):
-    """Per file that can be damaged, what reads it; in folders of this module's own."""
+    """For each file that can be damaged, the function that reads it. The folders are this module's own."""
     work = tmp_path_factory.mktemp("random")
     layers, base, donor, checkpoint = (
         Path(shutil.copytree(folder, work / name))
@@ -511,7 +514,7 @@ def readers(layers_dir, base_dir, donor_dir, checkpoint_dir, tmp_path_factory):
 @given(seed=st.integers(0, 2**32), which=st.integers(0, 6))
 @pytest.mark.filterwarnings("ignore")
 def test_damage_of_any_kind_is_read_or_refused(readers, seed, which):
-    """A sample of what benchmarks/fuzz.py does by the hour."""
+    """A sample of what benchmarks/fuzz.py does for hours."""
     path, read = list(readers.items())[which]
     whole = path.read_bytes()
     watch = Watch(path.parents[1], "lbdc")

@@ -47,7 +47,7 @@ def change_info(folder: Path, **fields) -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path) -> Path:
-    """A folder that nobody has named, with files in it such as each of our commands may remove or replace."""
+    """A folder that no command was given. Its files have names that our commands may remove or replace."""
     folder = tmp_path / "elsewhere"
     names = ["w.safetensors", "w.json", "lock", "models/w.safetensors", "models/w.json", "x.partial-1", "settings.json"]
     names += ["layer_00.safetensors", "journal.jsonl", "metadata.json", STATE_FILE, ".held_by", "README.md"]
@@ -225,7 +225,7 @@ def test_text_in_a_card_stays_text(checkpoint):
     change_info(checkpoint, description=evil, replacement_source=source, versions={"torch": "<b>[x](y)"})
     card = plan_upload(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit").texts["README.md"].decode()
     assert not [line for line in card.splitlines() if line.startswith(("# Injected", "curl evil"))]
-    assert card.count("```") == 4  # python, and the recipe's
+    assert card.count("```") == 4  # around two blocks: the Python code and the recipe
     assert "`` a`b; curl evil $(x) # ``" in card
     assert "--model_name '/path/to/a`b; curl evil $(x) #' --layers" in card
     assert "\\<b>\\[x\\](y)" in card
@@ -291,6 +291,8 @@ def test_a_link_to_itself_is_no_file_to_share(checkpoint):
         ("{% for i in range(99999999) %}{% endfor %}", "Range too big"),
         ('{{ "x" * 10**10 }}', "MemoryError"),
         ('{{ "x" * 2000 }}', "writes without end"),
+        ('{{ "é" * 2000 }}', "writes without end"),
+        ('{{ "x" + "é" * 2000 }}', "writes without end"),
         ("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "recursion"),
         ('{{ "".__class__.__mro__ }}', "unsafe"),
         ('{% include "/etc/passwd" %}', "no loader"),

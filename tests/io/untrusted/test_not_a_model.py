@@ -1,4 +1,4 @@
-"""Folders that are no model, as people have them: each is told by what it is and what to do, by every command."""
+"""Folders that people take for models. Every command says what such a folder is, and what to do."""
 
 import json
 import shutil
