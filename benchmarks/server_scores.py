@@ -1,7 +1,8 @@
 """Scores a checkpoint on MMLU through `layer-surgery serve` and in this process, with --limit questions per subject.
 
 Prints how many choices are the same, the largest difference of a log-probability, the seconds of both sides and their
-ratio. The server is vLLM if vLLM is installed. Starting the server is not counted.
+ratio. The server is vLLM if vLLM is installed and can serve the checkpoint. Starting the server is not
+counted.
 """
 
 import argparse

@@ -49,7 +49,7 @@ def run_all(lines: list[list[str]], cwd: Path, **env: str) -> dict:
 
 
 def test_every_help_is_quick_where_the_package_is_a_copy_elsewhere(tmp_path):
-    """As after `pip install`, with the scripts started from a checkout."""
+    """The package is a copy, as after `pip install`. The scripts start from a checkout."""
     copy = tmp_path / "site"
     shutil.copytree(PACKAGE, copy / "model_preparation", ignore=shutil.ignore_patterns("embedded", "__pycache__"))
     cli = str(PACKAGE / "layer_surgery.py")
@@ -124,7 +124,8 @@ def test_an_evaluation_from_a_file_is_that_of_the_flags(checkpoint_dir, tmp_path
     used = tmp_path / result["results_dir"] / "config.yaml"
     values |= {"limit": 2, "skip_generation": values.pop("skip-generation"), "tasks": ["embedded_recall"]}
     assert yaml.safe_load(used.read_text()).items() >= {**values, "seed": 1234, "parallelize": False}.items()
-    again = run_command("test_checkpoint", "--config", used, cwd=tmp_path)  # what is saved gives the same
+    # The saved file gives the same result.
+    again = run_command("test_checkpoint", "--config", used, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "--limit 2 is per task" in again.stdout
     assert json.loads((tmp_path / "result.json").read_text()) == {**result, "kept": True}
@@ -137,7 +138,7 @@ def test_a_search_a_healing_and_a_distillation_take_files_and_keep_all_that_was_
         """The file has what was given, and the defaults too."""
         assert yaml.safe_load((tmp_path / place).read_text()).items() >= {**given, **others}.items()
 
-    monkeypatch.setattr(report, "PLOTS", {})  # they take most of a small search
+    monkeypatch.setattr(report, "PLOTS", {})  # plots take most of the time of a small search
     (tmp_path / "text.txt").write_text("Mia likes quinces . Rosa likes eggs . " * 50)
     search = {"base": "tiny_llamba", "donor": "tiny_llama", "task": ["embedded_recall"], "limit": 2, "race": "off"}
     search |= {"method": "singles", "budget_evaluations": 1, "output_dir": "found", "device": "cpu"}
@@ -155,7 +156,7 @@ def test_a_search_a_healing_and_a_distillation_take_files_and_keep_all_that_was_
     heal["learning_rate"] = "0.0001"
     kept("healed.config.yaml", given=heal, output_dir="healed", batch_size=4, load_best="yes", compile=False)
     assert (tmp_path / "healed_resume" / "first").is_dir()
-    # A resumed run has the settings of its start. Its file has those, and gives the same bytes.
+    # A resumed run takes the settings of the first run. Its config file holds them, and gives the same bytes.
     resumed = {"checkpoint": str(checkpoint_dir), "data": "text.txt", "device": "cpu", "output_dir": "resumed"}
     run_with_config("heal_checkpoint", tmp_path, "--resume", "healed_resume/first", **resumed)
     kept("resumed.config.yaml", given=resumed, max_steps=2, block_size=16, always_save="no")
@@ -226,7 +227,7 @@ def test_a_missing_file_of_flags_and_flags_that_win(tmp_path):
     assert_refused(run_command("test_checkpoint", "--config", "none.yaml"), "none.yaml cannot be read")
     assert_refused(run_command("test_checkpoint", "--config"), "--config: expected one argument", code=2)
     config = write_config(tmp_path, checkpoint="nowhere", gpu=99, compare_with=["base"], limit=5)
-    # --device wins over the file's gpu; the file's limit belongs to --full_eval as the flag does.
+    # --device wins over the file's gpu. The file's limit needs --full_eval, as --limit does.
     result = run_command("test_checkpoint", "--config", config, "--device", "cpu")
     assert_refused(result, "--limit belongs to --full_eval", code=2)
     result = run_command(
@@ -275,7 +276,8 @@ def test_every_help_text_has_a_chinese_translation(command, monkeypatch):
     for name, text in {**actions, "description": parser.description, "epilog": parser.epilog}.items():
         assert HAN.search(text), name
         assert set(KEPT.findall(english[name])) <= set(KEPT.findall(text)), name
-    assert not re.search(r"[^\x00-\x7f] [^\x00-\x7f]", argparse.ArgumentParser.format_help(parser))  # no folded line
+    # A folded line in the YAML would leave a space.
+    assert not re.search(r"[^\x00-\x7f] [^\x00-\x7f]", argparse.ArgumentParser.format_help(parser))
     examples = re.findall("^  .*$", english["epilog"], re.MULTILINE)
     shown = re.findall("^  .*$", parser.epilog, re.MULTILINE)
     if command == "layer_surgery":

@@ -37,7 +37,7 @@ def builder(tmp_path) -> Path:
 
 
 def flags(*given: str):
-    """Flags of the builder, as they are passed on and as it reads them."""
+    """The builder's flags: the list to pass on, and how the builder parses them."""
     parser = create_replaced_model_checkpoint.make_parser()
     return list(given), parser.parse_args(["--layers", "0", "--output_dir", "DIR", *given])
 

@@ -124,7 +124,7 @@ def test_dtype_and_tokenizer_options(base_dir, layers_dir, tmp_path):
     model, tokenizer = load_checkpoint(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert "<mine>" in tokenizer.get_vocab()
-    tokenizer.add_tokens([f"<mine {number}>" for number in range(4)])  # 264 embeddings are there for 260 tokens
+    tokenizer.add_tokens([f"<mine {number}>" for number in range(4)])  # 265 tokens for 264 embeddings
     tokenizer.save_pretrained(tmp_path / "large")
     result = build(base_dir, layers_dir, tmp_path / "refused", "--tokenizer", tmp_path / "large")
     assert_refused(result, "large has 265 tokens, but the model has only 264. Give the model's own")
@@ -307,7 +307,7 @@ def test_the_hint_to_extract_layers_names_the_donor_of_the_base(base_dir, tmp_pa
     ):
         words = f"Extract the donor's layers first: python extract_layers.py --model_name {donor} --output_dir"
         assert_refused(build(base, missing, tmp_path / "out"), words)
-    # What is wrong with the base comes first.
+    # A wrong base is reported before missing layers.
     assert_refused(build("tiny_lamba", missing, tmp_path / "out"), "'tiny_lamba' is neither one of the names")
     assert_refused(build(tmp_path / "no", missing, tmp_path / "out"), "/no is not there")
     assert not list(tmp_path.iterdir())
@@ -380,7 +380,7 @@ def test_target_on_a_read_only_file_system(base_dir, layers_dir):
 
 
 def test_disk_too_small(base_dir, layers_dir, tmp_path, monkeypatch):
-    """Asked of the file system before anything is written."""
+    """The build asks the file system for its free space before it writes anything."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000_000))
     assert_refused(build(base_dir, layers_dir, tmp_path / "out"), "only 50.0 MB are free")
@@ -421,7 +421,7 @@ def test_interrupted_while_writing(base_dir, layers_dir, quick_python, tmp_path,
 
 
 def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, layers_dir, quick_python, tmp_path):
-    """Python drops what a signal handler raises inside __del__; the build must not end as if nothing had come."""
+    """Python drops what a signal handler raises inside __del__. The build must still end as interrupted."""
     script = (
         "import os, runpy, signal, sys\n"
         "from model_preparation.checkpoint import checkpoint_folder\n"
@@ -457,7 +457,7 @@ def test_killed_while_writing(base_dir, layers_dir, quick_python, tmp_path):
 
 
 def start_slow_build(python, base_dir, layers_dir, out) -> subprocess.Popen:
-    """A build whose writing takes a while."""
+    """A build that sleeps for 15 minutes before it syncs a .pt file."""
     script = (
         "import os, runpy, sys, time\n"
         "fsync = os.fsync\n"
@@ -483,10 +483,10 @@ def wait_for_partial(process: subprocess.Popen, out: Path) -> None:
 
 
 def test_the_files_hold_what_torch_save_writes(checkpoint_dir, tmp_path):
-    """Every record of the zip files, although the tensors were never loaded; the CRCs are right.
+    """The zip files have the same names and tensors, although no tensor was ever loaded. The CRCs are right.
 
-    The pickles are not compared: a module loaded and pickled again may share its strings differently, and numbers its
-    tensors otherwise.
+    The pickles are not compared: a module loaded and pickled again may share its strings differently,
+    and may number its tensors in another order.
     """
     for name in ("model.pt", "model_state_dict.pt"):
         torch.save(torch.load(checkpoint_dir / name), tmp_path / name)

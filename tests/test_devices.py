@@ -1,6 +1,6 @@
-"""The device a command runs on: flags, what Ray or a launcher gives, and one line that says which.
+"""The device a command runs on: flags, what Ray or a launcher gives, and the line that says the device.
 
-No GPU is needed: a stand-in says of CUDA what torch would on a machine with two.
+No GPU is needed: a stand-in answers for torch.cuda as on a machine with two GPUs.
 """
 
 import os
@@ -21,7 +21,7 @@ from model_preparation.train.heal.training_arguments import StepSize, training_a
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Two GPUs, of which CUDA_VISIBLE_DEVICES may show fewer; the devices that torch was set to."""
+    """Torch sees two GPUs, or those in CUDA_VISIBLE_DEVICES. The value: the devices that torch was set to."""
     chosen: list[torch.device] = []
     empty = torch.empty
 
@@ -53,10 +53,10 @@ def two_gpus(monkeypatch):
         ({}, {"device": "cuda:1"}, "cuda:1", "cuda:1 (GPU number 1)"),
         ({}, {"device": "cpu:0"}, "cpu", "cpu"),
         ({"CUDA_VISIBLE_DEVICES": ""}, {}, "cpu", "cpu (torch sees no CUDA device)"),
-        # A Ray job: its own GPU is the only one it sees, or it is to leave those alone that it sees.
+        # A Ray job sees only its own GPU. A Ray job for the CPU must not use the GPUs that it sees.
         ({"MODEL_PREPARATION_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "1"}, {}, "cuda:0", "cuda:0 (GPU number 0)"),
         ({"MODEL_PREPARATION_DEVICE": "cpu"}, {}, "cpu", "cpu"),
-        # torchrun and accelerate: a GPU for each process, and the first of them speaks.
+        # torchrun and accelerate: a GPU for each process. Only the first process prints the line.
         (
             {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"},
             {},
@@ -78,7 +78,7 @@ def test_the_device_is_chosen_and_told_once(two_gpus, monkeypatch, capsys, envir
     [
         ({}, {"gpu": 2}, "GPU 2 does not exist: torch sees CUDA devices 0 to 1 here"),
         ({}, {"device": "cuda:7"}, "--device cuda:7 cannot be used here: CUDA error: invalid device ordinal"),
-        # Ray gave the job a GPU, and torch there cannot use it: no reason to go on with the CPU in silence.
+        # Ray gave the job a GPU, but torch cannot use it. The job must not go on with the CPU in silence.
         ({"MODEL_PREPARATION_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": ""}, {}, "--device cuda cannot be used here"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"gpu": 0}, "gives each of its 2 processes a GPU"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"device": "cuda:0"}, "gives each of its 2 processes a GPU"),
@@ -137,7 +137,7 @@ def test_jobs_that_no_machine_can_take_are_refused():
 
 @pytest.fixture
 def no_accelerate_state():
-    """Nothing of accelerate's for the processes that other tests fork from this one."""
+    """Clear accelerate's state, so that processes forked by later tests do not inherit it."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

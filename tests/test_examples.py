@@ -10,9 +10,9 @@ from tests.upload_hub import TOKEN, UploadHub
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FUNCTIONS = [name for name in model_preparation.__all__ if name[0].islower()]
-# What others need comes first.
+# These run first, because other examples need their results.
 FIRST = ["extract_layers", "build_checkpoint", "evaluate_checkpoint"]
-# Each in the place of the last, in one process: imports take longer than they do.
+# Runs all examples in one process, because imports take longer than the examples.
 RUN_EACH = """
 import contextlib, io, json, runpy, sys
 printed = {}

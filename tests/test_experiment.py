@@ -38,7 +38,7 @@ def experiment_file(folder: Path, *changes: tuple[str, str]) -> Path:
 
 
 def states(output: str) -> dict[str, str]:
-    """The plan that was printed: by step, its state."""
+    """The state of each step in the printed plan."""
     rows = [
         re.split("  +", line) for line in itertools.takewhile(str.strip, output.splitlines()[1:]) if line[0].isdigit()
     ]
@@ -73,7 +73,7 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
 
     failed = run_command("run_experiment", file)
     assert_refused(failed, "heal failed", "out.txt", "shorter than one sequence", "run the same command again")
-    assert journal.read_text().startswith("".join(evaluated))  # gone on with, not begun anew
+    assert journal.read_text().startswith("".join(evaluated))  # the search went on; it did not begin anew
     assert (out / "layers" / "metadata.json").stat().st_mtime_ns == extracted.st_mtime_ns
     (tmp_path / "out.txt").write_text("Mia likes quinces . Rosa likes eggs . Mia likes quinces . " * 60)
     mended = run_command("run_experiment", file)
@@ -91,14 +91,14 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
         assert f"{letter}  {name}" in lines
         assert any(f"{letter}  {score:.3f} ±" in line for line in lines)
 
-    shutil.rmtree(out / "layers")  # what nothing is made of any more is not made again
+    shutil.rmtree(out / "layers")  # the layers are not made again: no step needs them now
     again = run_command("run_experiment", file)
     assert again.returncode == 0, again.stderr
     assert states(again.stdout) == dict.fromkeys(names, "done") | {"extract": "done (removed since)"}
     assert not [line for line in again.stdout.splitlines() if line.startswith(("[", "+"))]
     assert f"A  tiny_llamba\nB  {grafted.name}\n" in again.stdout
 
-    experiment_file(tmp_path, ("limit: 8, models", "limit: 9, models"))  # other questions replace nothing
+    experiment_file(tmp_path, ("limit: 8, models", "limit: 9, models"))  # other questions need no --redo
     told = run_command("run_experiment", file, "--dry_run")
     changed = [*names[4:7], "compare"]
     assert states(told.stdout) == {name: "again" if name in changed else "done" for name in names} | {

@@ -33,7 +33,7 @@ def heads_dir(base_dir, layers_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def other_kinds(base_dir, tmp_path_factory) -> dict[str, Path]:
-    """By kind of donor, the same heads and layers of it in both formats, with windows where it has any."""
+    """A checkpoint in both formats for each kind of donor except Llama, with windows if the kind has any."""
     root, found = tmp_path_factory.mktemp("kinds"), {}
     for name in KINDS.keys() - {"llama"}:
         of_kind, folder = KINDS[name].transformers_class, root / name
@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused(base_dir, layers_dir, tmp_path, args, code, w
     ],
 )
 def test_a_donor_that_is_not_as_it_says_is_refused(base_dir, layers_dir, tmp_path, config, words):
-    """Before its tensors are cut, which begins before transformers reads the config."""
+    """The refusal comes before tensors are cut. They are cut before transformers reads the config."""
     folder = Path(shutil.copytree(layers_dir, tmp_path / "layers"))
     metadata = json.loads((folder / "metadata.json").read_text())
     metadata["config"] |= config

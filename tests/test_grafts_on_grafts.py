@@ -39,7 +39,7 @@ def other_layers_dir(donor_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def second_dir(checkpoint_dir, layers_dir, tmp_path_factory) -> Path:
-    """On `checkpoint_dir`, which has layers 1 and 3: heads of layer 2, and layer 1 put back."""
+    """Built on `checkpoint_dir` (layers 1 and 3). Adds head 1 of layer 2; layer 1 is the base's again."""
     out = tmp_path_factory.mktemp("second") / "second"
     args = ("--heads", "2:1", "--ungraft", 1, "--format", "both")
     shown = build(checkpoint_dir, layers_dir, out, *args, "--dry_run")
@@ -54,7 +54,7 @@ def second_dir(checkpoint_dir, layers_dir, tmp_path_factory) -> Path:
 
 
 def test_two_steps_give_the_bytes_of_one(second_dir, base_dir, layers_dir, tmp_path):
-    """A third step on a folder of format hf, too."""
+    """Also where the first step made a folder of format hf."""
     build_checkpoint(str(base_dir), [3], layers_dir, tmp_path / "one", heads={2: [1]}, format="both")
     assert info_of(second_dir)["files"] == info_of(tmp_path / "one")["files"] | {
         "README.txt": info_of(second_dir)["files"]["README.txt"]
@@ -169,7 +169,7 @@ def other_donor(layers_dir: Path, folder: Path, **changes) -> Path:
 
 
 def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_dir, quick_python, tmp_path):
-    """In one command or in two steps; in every way of opening it; compared with layers and a head run by hand."""
+    """Built in one command or two, opened in every way, and compared with layers and a head run by hand."""
     rope = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
     other = other_donor(layers_dir, tmp_path, rms_norm_eps=1e-2, rope_parameters=rope)
     out = tmp_path / "one"

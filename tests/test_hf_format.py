@@ -38,7 +38,7 @@ HF_FILES = {
 }
 PT_FILES = {"model.pt", "model_state_dict.pt", "tokenizer", "tensor_digests.json", "checkpoint_info.json", "README.txt"}
 
-# Python imports a module of this name by itself when it starts.
+# The text of a sitecustomize.py, which Python imports when it starts.
 WITHOUT_OUR_PACKAGE = """
 import sys
 
@@ -66,7 +66,8 @@ QUESTIONS = [{"question": f"{letter} is", "choices": ["one", "two", "six"], "ans
 # lm-eval's command first, in this same process: importing torch and lm-eval takes longer than all the rest.
 PROBE = """
 import functools, lm_eval.tasks, os, runpy, sys, torch
-lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)  # of which are 14,000
+# lm-eval's 14,000 default tasks are left out.
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
 folder = sys.argv.pop(1)
 sys.argv = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True"]
 sys.argv += ["--tasks", "tiny", "--include_path", ".", "--device", "cpu", "--output_path", "results", "--log_samples"]
@@ -97,10 +98,10 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "model_pre
 
 
 def run_without_our_package(python: Path, script: str, *args: object, cwd: Path):
-    """Run it in a process in which our package cannot be imported; `cwd` keeps the code that comes with folders.
+    """Run `script` in a process that cannot import our package. transformers caches folders' code in `cwd`.
 
     Args:
-        python: has imported transformers already, so what it reads from the environment then is set afterwards.
+        python: has imported transformers already, so the cache of code is set in the module.
     """
     set_cache = f"import transformers.dynamic_module_utils as code\ncode.HF_MODULES_CACHE = {str(cwd / 'modules')!r}\n"
     return run_python("-c", WITHOUT_OUR_PACKAGE + set_cache + script, *map(str, args), cwd=cwd, python=python)
@@ -167,7 +168,7 @@ def test_the_shards_hold_the_state_dict_of_the_other_format(hf_dir, checkpoint_d
 
 @pytest.fixture(scope="module")
 def without_our_package(hf_dir, tmp_path_factory) -> Path:
-    """A folder with what PROBE found and lm-eval wrote, in an interpreter for which our package does not exist."""
+    """A folder with what PROBE found and lm-eval wrote. Their interpreter cannot import our package."""
     folder = tmp_path_factory.mktemp("elsewhere")
     (folder / "absent").mkdir()
     (folder / "absent" / "sitecustomize.py").write_text(WITHOUT_OUR_PACKAGE)
@@ -225,7 +226,7 @@ def test_lm_eval_scores_it_without_our_package(without_our_package, checkpoint_d
 
 
 def test_no_file_that_travels_asks_for_a_package_that_is_not_there(hf_dir):
-    """transformers refuses files with import statements it cannot do, and the optional GPU kernels are not here."""
+    """transformers refuses a file that imports a missing package. The optional GPU kernels are missing."""
     for name in MODEL_FILES:
         assert all(f"{needed}.py" in MODEL_FILES for needed in check_imports(hf_dir / name))
         assert "model_preparation" not in (hf_dir / name).read_text()
@@ -307,7 +308,7 @@ def test_a_sibling_writes_only_its_own_layers(base_dir, layers_dir, hf_dir, tmp_
     result = build(base_dir, layers_dir, out, "--format", "hf", layers=(1,))
     assert result.returncode == 0, result.stderr
     new = set((parent / ".base_shards").rglob("*.safetensors")) - stored.keys()
-    assert [path.name for path in new] == ["layer_03.safetensors"]  # the base's own, which the first had replaced
+    assert [path.name for path in new] == ["layer_03.safetensors"]  # the base's own layer 3
     for name in SHARDS - {"layer_01.safetensors"}:
         [in_store] = (parent / ".base_shards").glob(f"*/{name}")
         assert (out / name).read_bytes() == in_store.read_bytes()
@@ -366,7 +367,7 @@ def test_the_plan_counts_what_will_be_written(base_dir, layers_dir, hf_dir, tmp_
     weights = int(json.loads((hf_dir / "model.safetensors.index.json").read_text())["metadata"]["total_size"])
     assert f" {(grafted + 2 * weights) / 1000:.1f} kB;" in to_write(parent, "second", "both")
     assert f" {2 * weights / 1000:.1f} kB in" in to_write(parent, "second", "pt")
-    # With room for the grafted layers only, also where the base must be read to know that the rest is there.
+    # There is room for the grafted layers only. They fit, even where the base's digests are not cached.
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64_000_000 + grafted + 1000))
     assert_refused(build(base_dir, layers_dir, tmp_path / "elsewhere", "--format", "hf"), "are free on its disk")
@@ -423,7 +424,7 @@ def test_clean_checkpoints(base_dir, layers_dir, hf_dir, tmp_path):
 
 @pytest.fixture
 def old_code(hf_dir, tmp_path) -> Path:
-    """A copy of `hf_dir` as another version of the package might have written it, with what came later."""
+    """A copy of `hf_dir` as another version of the package writes it, with a score and files added later."""
     folder = Path(shutil.copytree(hf_dir, tmp_path / "old code", copy_function=os.link))
     info = json.loads((folder / "checkpoint_info.json").read_text())
     config = json.loads((folder / "config.json").read_text())
@@ -443,7 +444,7 @@ def old_code(hf_dir, tmp_path) -> Path:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file anew where it may be a link to another folder's."""
+    """Write a file anew. The old one may be linked from another folder, and stays there."""
     path.unlink(missing_ok=True)
     path.write_text(text)
 
@@ -495,7 +496,7 @@ def test_code_that_was_put_in_by_hand_is_no_fault_and_the_update_records_it(old_
     assert not found.faults
     assert any("update_checkpoint.py" in note for note in found.notes)
     assert run_command("update_checkpoint", ".", cwd=old_code).returncode == 0
-    assert not verify(old_code).notes[:-2]  # README.md and evaluations/ are the last
+    assert not verify(old_code).notes[:-2]  # the last two notes name README.md and evaluations/
     assert len(json.loads((old_code / "checkpoint_info.json").read_text())["code_updates"]) == 1
 
 

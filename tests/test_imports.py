@@ -1,4 +1,4 @@
-"""What a command imports is most of the time it takes on small models: these stay without what they do not need."""
+"""On small models, imports take most of a command's time. So these commands import only what they need."""
 
 import logging
 import sys
@@ -55,11 +55,12 @@ def test_extracting_a_llamba_s_layers(tmp_path):
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     flags = ["--model_name", tmp_path / "base", "--output_dir", tmp_path / "layers"]
     assert imported("extract_layers", *flags, of=("torch", *HEAVY), cwd=tmp_path) == ["torch"]
-    assert sys.modules.keys() >= set(HEAVY)  # the model is imported here, so these are the names of what it needs
+    # This process has imported the model, so HEAVY names modules that the model does import.
+    assert sys.modules.keys() >= set(HEAVY)
 
 
 def test_weights_are_found_and_copied_without_torch(layers_dir, tmp_path):
-    """So that they are written while torch and transformers are imported."""
+    """So a build can write weights while other threads are importing torch and transformers."""
     code = f"""
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_shapes_said_without_the_model_are_the_model_s(changes):
 
 @pytest.mark.parametrize("other", ["torch", "transformers.generation.utils", "accelerate"])
 def test_the_package_registers_its_classes(other, checkpoint_dir):
-    """Once another package imports torch or transformers, be it in the middle of its own import."""
+    """As soon as another package imports torch or transformers, even while that package is half imported."""
     code = (
         "import sys, model_preparation\n"
         "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
@@ -103,7 +104,7 @@ def test_the_package_registers_its_classes(other, checkpoint_dir):
         "assert type(transformers.AutoConfig.for_model('llamba')) is model_preparation.LlambaConfig\n"
         "assert type(transformers.AutoModelForCausalLM.from_config(model.config)) is type(model)\n"
     )
-    # Any folder will do, and so will the package's own, where its commands are run from.
+    # It works from any folder, also from the package's own, where users start the commands.
     result = run_python("-c", code, cwd=PACKAGE if other == "torch" else PACKAGE.parent)
     assert result.returncode == 0, result.stderr
 
@@ -126,7 +127,7 @@ def test_imports_go_down_only():
     enabled = [logger for logger in known if not logger.disabled]
     assert lint_imports(str(PACKAGE.parent / "pyproject.toml"), no_cache=True) == 0
     for logger in enabled:
-        logger.disabled = False  # it silences all loggers for good
+        logger.disabled = False  # lint_imports disables all loggers
 
 
 def test_modules_are_found_under_their_earlier_paths(tmp_path, quick_python):

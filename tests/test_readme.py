@@ -33,7 +33,7 @@ from tests.conftest import (
 from tests.evaluation.test_mmlu import question, write_questions
 
 ROOT = Path(__file__).parents[1]
-# Run in this order: the pages of docs/ need what README.md makes, and each other not.
+# Run in this order: the pages of docs/ need what README.md makes. They do not need each other.
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 DOCUMENTS = (*PAGES, "README.zh-CN.md", "docs/zh/guide.md", "SETUP.md", "CONTRIBUTING.md", "benchmarks/README.md")
 SET_UP = ("bash scripts/quickstart.sh\n", "bash scripts/run_tests.sh\n")
@@ -52,7 +52,7 @@ def code_blocks(document: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> dict[str, str]:
-    """Environment variables that lead every published name to a tiny model of as many layers."""
+    """Environment variables that lead every published name to a tiny model with its number of layers."""
     folder = tmp_path_factory.mktemp("published")
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -89,7 +89,7 @@ def checkout(tmp_path_factory, put_python) -> Path:
     """A copy of the repository as it comes, and `python` on the PATH beside it."""
     folder = tmp_path_factory.mktemp("checkout")
     copy_repository(folder / "repository")
-    # Two of the default list: one that is built by then, and one more. The others would take as long as all the rest.
+    # Two of the default list: one that an earlier block builds, and one more. All six would double the time.
     combinations = folder / "repository" / "model_preparation" / "best_combinations.csv"
     lines = combinations.read_text().splitlines()
     combinations.write_text("\n".join([*lines[:2], lines[-1]]) + "\n")
@@ -214,7 +214,7 @@ def anchors(page: Path) -> list[str]:
 
 
 def test_the_messages_explained_are_messages_of_ours():
-    """In SETUP.md, … stands for what differs from case to case; what torch and Python say has a table after ours."""
+    """In SETUP.md, … stands for what differs from case to case. After ours come those of torch and Python."""
     ours = (ROOT / "SETUP.md").read_text(encoding="utf-8").partition("## When something goes wrong")[2]
     explained = re.findall(r"^\| `(.+?)` \|", ours.partition("From torch and Python")[0], re.MULTILINE)
     assert len(explained) > 10
@@ -231,7 +231,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_header():
 
 
 def cells_of(row: str) -> int:
-    """Those of a table's row: what code holds, and what is escaped, divides nothing."""
+    """The number of cells in a table's row. A | in code, or an escaped one, does not end a cell."""
     return re.sub(r"`[^`]*`|\\\|", "", row).count("|") - 1
 
 

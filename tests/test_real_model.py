@@ -134,7 +134,7 @@ def test_a_subset_loads_in_every_way_with_the_same_bits_and_generates(quickstart
 
 
 def test_scores_are_those_of_stock_lm_eval_on_the_donor_and_on_a_graft(quickstart, work, caplog):
-    """Every log-likelihood and choice, with solved examples that all questions begin with, and of several tokens."""
+    """Every log-likelihood and choice. Questions share examples. Some answers have several tokens."""
     caplog.set_level(logging.CRITICAL, logger="lm_eval")
     examples = "".join(f"Question: What is {n} plus {n}?\nAnswer: {2 * n}\n\n" for n in range(2, 4))
     questions = ["What is the capital of France?", "What is 3 plus 4?"]

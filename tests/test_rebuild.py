@@ -21,7 +21,7 @@ def bytes_of_files(folder) -> dict[str, bytes]:
 
 def test_the_same_bytes_in_every_process_and_folder(base_dir, layers_dir, tmp_path):
     flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--layers", "1", "3", "--format", "both"]
-    # Forked and fresh: strings hash otherwise; and the fresh one has been offline since its imports.
+    # A forked and a fresh process hash strings differently. Only the fresh one imports with HF_HUB_OFFLINE.
     for number, run in enumerate((run_command, run_fresh_command)):
         cwd = tmp_path / f"cwd{number}"
         cwd.mkdir()
@@ -124,7 +124,7 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
     assert_refused(build("--from_info", layers_dir / "metadata.json", "--output_dir", tmp_path / "out"), "is no recipe")
     assert_refused(rebuilt(recipe, "--dry_run"), "the recipe is the plan", code=2)
     assert_refused(rebuilt(recipe, "--layers", "1"), "give --layers, --heads or --ungraft", code=2)
-    for flag in (["--dtype", "float32"], ["--format", "pt"], ["--description", ""]):  # defaults of others, too
+    for flag in (["--dtype", "float32"], ["--format", "pt"], ["--description", ""]):  # also the defaults
         assert_refused(rebuilt(recipe, *flag), f"{flag[0]} is a part of the recipe", code=2)
     assert_refused(build("--output_dir", tmp_path / "out"), "give --layers, --heads or --ungraft", code=2)
 
@@ -166,7 +166,7 @@ def test_other_versions_of_the_programs_are_no_fault(recipe, layers_dir, tmp_pat
 
 
 def test_recipes_of_other_code_and_of_old_versions_give_the_model(base_dir, layers_dir, checkpoint_dir, tmp_path):
-    """As commits of the first day wrote them, and as one of another day writes a folder for transformers."""
+    """A recipe of the project's first day, and one of an hf folder with other model code."""
 
     def rebuilt(recipe: dict, name: str) -> str:
         (tmp_path / f"{name}.json").write_text(json.dumps(recipe))

@@ -25,7 +25,7 @@ from tests.preloaded import preloaded_python
 REPOSITORY = Path(__file__).parents[1]
 
 # A Python that makes venvs holding itself, notes its calls in $CALLS, and writes the file that marks a folder complete;
-# $FAILS is what it cannot score.
+# $FAILS names the checkpoint that it fails to score.
 STUB = """\
 #!/bin/bash
 case "$*" in
@@ -59,7 +59,7 @@ def make_python(path: Path, script: str) -> None:
 
 
 def run_script(checkout: Path, name: str, *args: str, **env: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """Run a script from another folder; returns how it ended, and the calls of Python but `pip --version`."""
+    """Run a script from another folder. Return its end, and the calls of Python except `pip --version`."""
     calls = checkout.parent / "calls"
     calls.write_text("")
     environment = {
@@ -220,7 +220,7 @@ def test_a_machine_without_a_fit_python_is_told_what_to_install(checkout, tmp_pa
 
 
 def test_ranges_are_what_the_tests_run_on():
-    """The oldest is what test_versions.sh installs; the newest is pinned, and no series after its own is allowed."""
+    """test_versions.sh installs the oldest versions. The newest are pinned; no later series is allowed."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
@@ -232,7 +232,8 @@ def test_ranges_are_what_the_tests_run_on():
         pin = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), text
         for clause in requirement.specifier:
-            if clause.operator == "<" and requirement.name != "torch":  # whose 2.14 passed, but is several GB
+            # torch 2.14 passed the tests, but installing it takes several GB.
+            if clause.operator == "<" and requirement.name != "torch":
                 *series, last = Version(clause.version).release
                 assert (*series, last - 1) == pin.release[: len(series) + 1], text
     [transformers] = [text for text in project["dependencies"] if text.startswith("transformers")]
@@ -300,7 +301,7 @@ def test_the_tests_that_scripts_name_are_there():
 
 
 def test_workers_of_a_test_run_do_not_wait_for_each_other(put_python, tmp_path):
-    """A worker holds the server for its whole session, and others must get it meanwhile."""
+    """A worker uses the server of tests/preloaded.py for its whole session. Others must get it meanwhile."""
     signal.alarm(HANG_SECONDS)
     try:
         with preloaded_python() as put:

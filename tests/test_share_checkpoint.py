@@ -30,7 +30,7 @@ REPO = "my-org/Llama-tiny"
 SIDE_FILES = ["README.txt", "tensor_digests.json"]
 PT_FILES = ["model.pt", "model_state_dict.pt", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 FILES = [*SIDE_FILES, *PT_FILES]
-# Once here rather than in every forked command.
+# Imported once here, rather than in every forked command.
 for module in ("huggingface_hub.hf_api", "modelscope_hub.api", "model_preparation.checkpoint.share"):
     importlib.import_module(module)
 TOKENS = {"modelscope": "MODELSCOPE_API_TOKEN", "huggingface": "HF_TOKEN"}
@@ -153,7 +153,7 @@ def test_every_recorded_file_arrives_and_a_second_time_nothing_is_sent(client, h
     sent = len(hub.sent())
     second = share(llama_checkpoint, "--private", which=which)
     assert second.returncode == 0, second.stderr
-    # ModelScope's client tries to make the repository at each upload; here there is none.
+    # ModelScope's client tries to make the repository at each upload. This run uploads nothing.
     assert hub.sent()[sent:] == []
     assert share_checkpoint(llama_checkpoint, repo=REPO, hub=which, private=True) == f"{hub.url}/{place}{REPO}"
     with pytest.raises(TypeError, match="licenze"):

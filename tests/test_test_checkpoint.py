@@ -204,7 +204,7 @@ def test_any_model_writes_the_base_and_the_donor_too(command, donor_dir, base_di
         (".", (), LlamaForCausalLM.from_pretrained(donor_dir)),
         ("llama", ("--source", f"llama={donor_dir}"), LlamaForCausalLM.from_pretrained(donor_dir)),
         (base_dir, ("--tokenizer", donor_dir), LlambaForCausalLM.from_pretrained(base_dir)),
-        # Published without a tokenizer, under a name that says whose it is.
+        # This base is published without a tokenizer. Its name says whose tokenizer it needs.
         (
             "unaligned_llamba",
             ("--source", f"unaligned_llamba={base_dir}", "--source", f"llama_tokenizer={donor_dir}"),

@@ -38,7 +38,10 @@ class Repository:
 
 
 class UploadHub(http.server.ThreadingHTTPServer):
-    """`modelscope` and `huggingface` hold repositories by id; `blobs`, `chunks` what came; `calls` every request."""
+    """Repositories are in `modelscope` and `huggingface`, uploads in `blobs` and `chunks`.
+
+    `calls` lists every request.
+    """
 
     daemon_threads = True
     request_queue_size = 128  # the clients open many connections at once; the usual 5 may overflow on a busy machine
@@ -54,7 +57,7 @@ class UploadHub(http.server.ThreadingHTTPServer):
         self.writers = {"me", "my-org"}
 
     def holds(self, kept: bytes | Pointer, content: bytes) -> bool:
-        """Whether a committed file is `content`, of which every byte arrived."""
+        """Whether a committed file is `content`, and every byte of it arrived."""
         if not isinstance(kept, Pointer):
             return kept == content
         if (kept.sha256, kept.size) != (hashlib.sha256(content).hexdigest(), len(content)):
@@ -235,7 +238,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._reply({"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def _xet(self, path: str) -> None:
-        """Xet's storage: xorbs come whole, the newer calls for uploading by grants are not there."""
+        """Xet's storage. It takes whole xorbs. It answers 404 to newer calls, which upload by grants."""
         if "/v1/xorbs/" in path:
             self.server.chunks += _chunks(self.body)
             self._reply({"was_inserted": True})

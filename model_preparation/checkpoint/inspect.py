@@ -1,8 +1,8 @@
 """Shows the contents of files and folders of tensors (names, numbers, digests), and the differences between two.
 
-It reads .safetensors files, files that torch.save wrote of tensors and plain values, and our `model.pt`. A folder may
-be a checkpoint, a state of a healing run, extracted layers, an adapter, or a Hugging Face model. A few megabytes are in
-memory at a time. No code of a file is run: a file that names code is refused.
+It reads .safetensors files, torch.save's files of tensors and plain values, and our `model.pt`. A folder may be a
+checkpoint, a state of a healing run, extracted layers, an adapter, or a Hugging Face model. A few megabytes are in
+memory at a time. No code of a file is run: a file with a global that could run code is refused.
 """
 
 import fnmatch

@@ -171,7 +171,7 @@ def _from_hub(word: str | Path) -> tuple[str, Path]:
     if missing and snapshot.trouble:
         raise SurgeryError(
             f"The MMLU questions are not complete: {TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} "
-            f"lacks {some(missing)}. Run this again once the hub answers; then the copy is completed. {instead}"
+            f"lacks {some(missing)}. Run this again when the hub answers; then the copy is completed. {instead}"
         )
     if missing:
         raise SurgeryError(
@@ -227,7 +227,8 @@ def read_split(folder: Path, subject: str, split: str) -> list[Row]:
 
     Raises:
         SurgeryError: if there is no file or no row, if the files of a split do not belong together, if a file cannot be
-            read, if a column is missing, or if a row is malformed. The message names the file and the row.
+            read, if a column is missing, or if a row is malformed. The message for a malformed row names the
+            file and the row or line.
     """
     layout = _find_layout(folder, subject)
     files = layout.files(folder, subject, split) if layout else []

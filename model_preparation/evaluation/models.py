@@ -85,7 +85,7 @@ def _find_other(name: str, checkpoint: Path, sources: Mapping[str, str]) -> Othe
         if recorded.get("legacy"):
             raise SurgeryError(
                 f"The {name} of {checkpoint} was imported from old layer files, and these are not a whole model. "
-                "Give the folder of the model that the layers come from by --compare_with."
+                "Give --compare_with the folder of the model that the layers come from."
             )
         replaced = is_replaced(recorded["name"], sources)
         target = recorded["name"] if replaced else target_of(recorded, "Say where it is by --compare_with DIR.")
@@ -256,8 +256,8 @@ def find_model(
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the model cannot be found, if it has no tokenizer and `tokenizer` is None, or if it has a
-            tokenizer and `tokenizer` is given too.
+        SurgeryError: if the model cannot be found, if it has a tokenizer and `tokenizer` is given too, or if it
+            has no tokenizer and neither `tokenizer` nor `tokenizer_name` names one.
     """
     folder = Path(given).expanduser()
     model = snapshot_in(folder) or folder

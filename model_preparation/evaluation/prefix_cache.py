@@ -40,7 +40,7 @@ def shared_layer(layer: DynamicLayer | MambaStateLayer, rows: int) -> DynamicLay
 
 
 class _SharedKeys(DynamicLayer):
-    """K and V of an attention layer after the prefix, (rows, heads, tokens, head_dim), as views of one row."""
+    """The prefix's K and V in an attention layer, (rows, heads, tokens, head_dim), as views of one row."""
 
     def __init__(self, layer: DynamicLayer, rows: int):
         super().__init__()

@@ -331,7 +331,10 @@ def _kv_retrieval(numbers: random.Random, size: int, recipe: RecallRecipe, _inde
 
 
 def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) -> Document:
-    """Keys with their values, then the solved queries of earlier documents, then the key whose value is asked for."""
+    """Keys with their values, then solved queries, then the key whose value is asked for.
+
+    The solved queries are those of the earlier documents with the same pairs.
+    """
     group, query = divmod(index, _QUERIES)
     numbers, texts = recipe.random("mqar", size, group), recipe.texts
     pairs = dict(zip(_keys(numbers, size, texts, texts.key_length), _values(numbers, size, digits=2), strict=True))

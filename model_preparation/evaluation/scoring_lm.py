@@ -53,7 +53,8 @@ class ScoringLM(HFLM):
         batch_size: rows per forward pass; "auto" starts with `AUTO_ROWS` and halves them when memory runs out.
         advance: called with the number of requests just answered.
         batches_for: the kind of device for which "auto" chooses batch sizes; by default the model's.
-        allow_truncation: cut prompts that are too long on the left, as lm-eval does. If false, they are an error.
+        allow_truncation: cut off the beginning of prompts that are too long, as lm-eval does. If false, such
+            prompts are an error.
 
     Attributes:
         truncated: how many prompts were cut.

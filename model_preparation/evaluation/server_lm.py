@@ -54,10 +54,13 @@ class Server(NamedTuple):
         """Ask a server for its models, and choose one.
 
         Raises:
-            SurgeryError: if no server answers, if it has no such model, or if it has several and `name` is None.
+            SurgeryError: if no server answers, if it has no model or not this one, or if it has several and `name` is
+                None.
         """
         url = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
         models = {each["id"]: each for each in _ask(url, "models", _MODELS)["data"]}
+        if not models:
+            raise SurgeryError(f"The server at {url} has no model. Start it with one, or give another --server.")
         if name is None and len(models) == 1:
             name = next(iter(models))
         if name not in models:

@@ -216,7 +216,11 @@ class GenerationSettings(CheckedSettings):
     ] = False
     temperature: Annotated[
         float | None,
-        Flag("X", "below 1 likely tokens become likelier, above 1 less likely (default: 1)", number(float, above=0)),
+        Flag(
+            "X",
+            "below 1, likely tokens become likelier; above 1, less likely (default: 1)",
+            number(float, above=0),
+        ),
     ] = None
     top_p: Annotated[
         float | None,

@@ -163,7 +163,9 @@ def target_of(source: Mapping[str, Any], advice: str) -> str:
 
 
 def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
-    """The target that `name` means: a folder's path or a hub id. Nothing is opened, and no hub is asked.
+    """The target that `name` means: a folder's path or a hub id.
+
+    No model file is opened, and no hub is asked.
 
     Raises:
         SurgeryError: if the sources point to each other in a circle.
@@ -374,7 +376,7 @@ def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, na
             return Source(snapshot.folder, hub, repo, snapshot.revision)
         if snapshot.trouble:
             failures.append(f"{TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} lacks {missing}")
-            advice = "Run this again once the hub answers, to complete the copy (if this fails, delete the copy)"
+            advice = "Run this again when the hub answers, to complete the copy (if this fails, delete the copy)"
         else:
             failures.append(f"{TITLES[hub]}'s repository, now in {snapshot.folder}, lacks {missing}")
     instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path instead of the id"

@@ -1,6 +1,7 @@
 """Runs one of our commands in a child process, which ends when its parent ends.
 
-Ray sends this module to its workers, which need not have the package. So it imports the standard library only.
+Ray sends this module to its workers, which may be unable to import the package. So this module imports the
+standard library only.
 """
 
 import codecs

@@ -93,7 +93,7 @@ def _wants_token(ray: Any, error: BaseException | None) -> bool:
 
 
 def _check_address(address: str) -> None:
-    """Raise SurgeryError, within seconds, unless something answers at `address`."""
+    """Raise SurgeryError within seconds if nothing answers at HOST:PORT, or if the address is not valid."""
     if address in ("auto", "local"):
         return
     host, _, port = address.rpartition(":")

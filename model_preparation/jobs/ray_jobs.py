@@ -124,7 +124,7 @@ def _watch(
 
 
 def _cancel(ray: Any, tasks: list[Any]) -> None:
-    """End jobs, and give them time to clean up. Jobs that still run then die when we leave the cluster."""
+    """End jobs, and give them time to clean up. Jobs that take longer die when we leave the cluster."""
     for events in tasks:
         ray.cancel(events)
     deadline = time.monotonic() + _CANCEL_SECONDS

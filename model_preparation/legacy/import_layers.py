@@ -74,7 +74,7 @@ def import_legacy(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the layers pickled in `folder` into `output_dir`; returns the folder's metadata.
+    """Write the layers pickled in `folder` into `output_dir`; returns the metadata of `output_dir`.
 
     Args:
         folder: a folder with one file per layer; the name of the file has the layer's index.
@@ -203,8 +203,8 @@ def _agreed_config(known: LlamaConfig | None, fields: dict[str, Any] | None, pat
     if fields is None:
         if known is None:
             raise SurgeryError(
-                f"{path} has no config in it. Name its model with --model_name NAME|PATH; only the model's config.json "
-                "and tokenizer are read."
+                f"{path} has no config in it. Name its model with --model_name NAME|PATH. "
+                "The model's weights are not read."
             )
         return known
     fields_known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}

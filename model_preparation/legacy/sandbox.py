@@ -36,9 +36,9 @@ def enter(writable: Path) -> dict[str, bool]:
         writable: the only folder in which the process may still make, change or remove files.
 
     Returns:
-        "namespace": a network of its own, with only its own loopback. "sockets": making a socket of any kind
-        is refused. "files": writing outside `writable` is refused, except to /dev/null. All are False on
-        other systems than Linux.
+        "namespace": a network of its own, with only its own loopback. "sockets": the system calls that can
+        open a connection are refused. "files": writing outside `writable` is refused, except to /dev/null. All
+        are False on other systems than Linux.
     """
     if platform.system() != "Linux":
         return {"namespace": False, "sockets": False, "files": False}

@@ -1,8 +1,8 @@
 """The model for Hugging Face's transformers: `LlambaConfig`, `LlambaForCausalLM`, `LlambaModel` and `LlambaCache`.
 
 The model's files use relative imports (`from .mixer import ...`), because `--format hf` copies them into checkpoints.
-The first use of one of these classes imports and registers the model. An import of a file does not register
-it, except an import of registration.py.
+The first use of one of these classes imports and registers the model. lazy_registration.py says when an
+import of torch or transformers registers it.
 """
 
 import importlib

@@ -172,7 +172,8 @@ class LlambaModel(LlambaPreTrainedModel):
 
         Raises:
             TypeError: for an argument that is not listed here.
-            ValueError: for a mask that is not 2-D, a cache of another class, or positions that do not count up.
+            ValueError: for a mask that is not 2-D, a cache of another class, or positions that
+                `has_several_documents` refuses.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")

@@ -25,7 +25,8 @@ def has_several_documents(position_ids: Tensor, places: Tensor, attention_mask: 
         places: (batch or 1, length), the `token_places` of the same tokens.
 
     Raises:
-        ValueError: if positions neither count up by one nor start again at 0.
+        ValueError: if a position is lower than its place, and positions neither count up by one nor start
+            again at 0.
     """
     real = torch.ones_like(places, dtype=torch.bool)
     if attention_mask is not None:

@@ -379,7 +379,7 @@ def test_a_modelscope_copy_of_nothing_but_a_config_is_incomplete(caches):
         resolve("llama")
     message = str(error.value)
     assert f"the copy in {snapshot} lacks weights (model.safetensors" in message
-    assert "Run this again once the hub answers" in message
+    assert "Run this again when the hub answers" in message
     assert "--source llama=/path/to/folder" in message
 
 
@@ -686,7 +686,7 @@ def test_a_download_that_breaks_off_says_so_and_goes_on_next_time(which, hub, mo
             send_file(self, files, name)
 
     monkeypatch.setattr(_FakeHubHandler, "_send_file", break_off)
-    with pytest.raises(SurgeryError, match=rf"failed \(.* lacks {SHARDS[1]}\. Run this again once the hub answers"):
+    with pytest.raises(SurgeryError, match=rf"failed \(.* lacks {SHARDS[1]}\. Run this again when the hub answers"):
         resolve(f"{which}:org/name")
     monkeypatch.setattr(_FakeHubHandler, "_send_file", send_file)
     hub.sent.clear()

@@ -219,7 +219,7 @@ def test_a_task_is_scored_through_the_server(server, served_dirs, tmp_path, monk
 def test_servers_that_cannot_score(served_dirs, tmp_path):
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.answer({"data": [{"id": "a"}]})
+            self.answer({"data": [{"id": name} for name in names]})
 
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -230,11 +230,16 @@ def test_servers_that_cannot_score(served_dirs, tmp_path):
             self.end_headers()
             self.wfile.write(json.dumps(content).encode())
 
+    names = ["a"]
     flags = ("--checkpoint", served_dirs["pt"], "--tasks", "embedded_recall", "--results_dir", tmp_path)
     with HTTPServer(("127.0.0.1", 0), Answers) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{http.server_port}/v1"
         assert_refused(run_command("test_checkpoint", *flags, "--server", url), "give log-probabilities", "--server")
+        names[:] = ["a", "b"]
+        assert_refused(run_command("test_checkpoint", *flags, "--server", url), "several models. ", "--model: a, b.")
+        names.clear()
+        assert_refused(run_command("test_checkpoint", *flags, "--server", url), "has no model. Start it with one")
         http.shutdown()
     assert_refused(run_command("test_checkpoint", *flags, "--server", url), url, "refused", "--server")
     assert_refused(run_command("test_checkpoint", "--server", url), "--tokenizer", "--results_dir", code=2)

@@ -1,4 +1,4 @@
-"""Fixtures of the healing tests: a text, the flags of a short run with everything in play, and that run undisturbed."""
+"""Fixtures of the healing tests: a text, the flags of a short run, and the checkpoint of that run."""
 
 import gc
 import subprocess
@@ -12,11 +12,12 @@ import pytest
 from model_preparation.train.heal import heal as _imported_before_forks  # noqa: F401
 from tests.train.cutting import run_heal, write_text
 
-# Of a short run that shuffles, drops out and accumulates.
+# Flags of a short run with shuffling, dropout and accumulation.
 RUN = {"max_steps": 6, "batch_size": 2, "block_size": 16, "accumulation": 2, "dropout": 0.1}
 RUN |= {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "eval_interval": 3, "device": "cpu"}
 
-gc.freeze()  # accelerate collects garbage at every start; what is imported is none, and forks would copy it
+# accelerate collects garbage at every start. Imported objects are no garbage, and forks would copy them.
+gc.freeze()
 
 Heal = Callable[..., subprocess.CompletedProcess]
 
@@ -28,7 +29,7 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def flags(checkpoint_dir, text_file) -> list[object]:
-    """Those of RUN, of the tiny checkpoint; whatever is added later counts."""
+    """The flags of RUN, on the tiny checkpoint. A flag that is added later wins."""
     given = {"checkpoint": checkpoint_dir, "data": text_file, **RUN}
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
@@ -41,7 +42,7 @@ def heal(flags) -> Heal:
 
 @pytest.fixture(scope="session")
 def healed(heal, tmp_path_factory) -> Path:
-    """The checkpoint that the run makes when nobody touches it. Copy it and its states before changing anything."""
+    """The checkpoint of a run that nobody kills. Copy it and its states before changing anything."""
     folder = tmp_path_factory.mktemp("healed") / "tiny_1_3_v2_healed"
     result = heal(folder)
     assert result.returncode == 0, result.stderr

@@ -32,7 +32,7 @@ def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
 
 @contextlib.contextmanager
 def brief() -> Iterator[None]:
-    """Runs forked meanwhile write a few tokens before and after, and draw no plot: those take half of the time."""
+    """Runs that are forked in this context write few tokens and draw no plot. This halves their time."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(result, "_NEW_TOKENS", 3)
         patched.setattr(result, "_plot_losses", lambda log, path: path.touch())
@@ -56,8 +56,8 @@ def run_until(
 ) -> tuple[int, str]:
     """Run heal_checkpoint and signal it `delay` seconds after it logged `step`; (exit code, standard output).
 
-    It has to be asked for `--logging_steps 1`. It is `brief`, and forked from this process. With
-    `processes`, each gets the environment that torchrun gives. All get the signal. The first one's end counts.
+    `args` must have `--logging_steps 1`. The run is `brief`, and forked from this process. With `processes`,
+    each process gets the environment that torchrun gives. All get the signal. The code is the first one's.
     """
     reading, writing = os.pipe()
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(env or {})} if processes else {}

@@ -38,7 +38,7 @@ def test_merged_weights_give_the_adapters_logits(lora, checkpoint_dir):
     assert verify_checkpoint(lora) == []
     adapted = load_adapter(load_checkpoint(checkpoint_dir)[0], lora / "adapter")
     merged = load_checkpoint(lora)[0]
-    # In float32 the adapter's own logits are 1.2e-5 from those in float64: relative to the largest one there.
+    # In float32 the adapter's own logits are 1.2e-5 off those in float64. So the tolerance is relative.
     wanted = logits(adapted)
     torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
     torch.testing.assert_close(logits(merged.double()), logits(adapted.double()), rtol=0, atol=1e-5)
@@ -121,7 +121,7 @@ def test_training_goes_on_from_an_adapter(heal, lora, checkpoint_dir, tmp_path):
         for folder in (lora, tmp_path / "out")
     ]
     assert scores[1]["before"]["eval_loss"] == pytest.approx(scores[0]["after"]["eval_loss"], abs=1e-5)
-    assert scores[1]["before"]["mmlu_score"] is None  # the parent's is not that of parent and adapter
+    assert scores[1]["before"]["mmlu_score"] is None  # the parent's score is not that of parent and adapter
     path = adapter / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
     stale = heal(tmp_path / "out", *begun, "--max_steps", 2, "--overwrite")

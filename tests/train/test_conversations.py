@@ -33,7 +33,8 @@ LLAMA_3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
     "<|eot_id|>{% endfor %}" + GENERATION + "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-# With tags, which leave the token that ends a turn outside. Older thoughts are left out, so beginnings do not agree.
+# The generation tags leave the token that ends a turn outside. Older answers lose the thought before "|", so
+# a longer conversation does not begin with the text of a shorter one.
 TAGGED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content if loop.last else m.content.split('|')[-1] }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
@@ -75,7 +76,7 @@ def load(data: str, tokenizer: PreTrainedTokenizerFast, block_size: int = 512, *
 
 
 def learned(item: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts that have labels, one for each run of tokens; a label is its own token."""
+    """The texts that have labels, one for each run of tokens. Each label equals its token."""
     ids, counted = item["input_ids"], item["labels"] != -100
     assert torch.equal(ids[counted], item["labels"][counted])
     begins = (counted & ~torch.cat([torch.zeros(1, dtype=torch.bool), counted[:-1]])).cumsum(0)
@@ -176,11 +177,11 @@ def test_what_the_template_does_not_give_is_said(tmp_path):
         (CHATML.replace("{% for", "{{ raise_exception('no talk.') }}{% for", 1), "no talk. Correct the row, or give"),
         (
             TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""),
-            "it does not show where message 2 is",
+            "it does not show where turn 1 of the assistant is",
         ),
         ("{% for m in range(10 ** 9) %}x{% endfor %}", "Range too big"),
-        ("Hello", "it does not show where message 2 is"),
-        (BRACKETS.replace("m.content | trim", "m.content | upper"), "it does not show where message 2 is"),
+        ("Hello", "it does not show where turn 1 of the assistant is"),
+        (BRACKETS.replace("m.content | trim", "m.content | upper"), "it does not show where turn 1 of the assistant"),
         ("{% for", r"it is no Jinja template \(line 1: "),
     ):
         with pytest.raises(
@@ -200,7 +201,7 @@ def test_long_conversations_are_told_dropped_or_cut(tmp_path, capsys):
     tokenizer = tokenizer_with(PLAIN)
     answers = ("a" * 90, "b" * 10, "c" * 60)
     rows = [{"query": "u", "response": answer} for answer in answers]
-    rows.append({"query": "u" * 80, "response": "d"})  # what is left of it has no answer
+    rows.append({"query": "u" * 80, "response": "d"})  # cut, it has no answer
     data = write_rows(tmp_path / "a.jsonl", *rows)
     lengths = [len("user: \nassistant: \n") + len(row["query"] + row["response"]) for row in rows]
     with pytest.raises(SurgeryError, match=rf"2 of 4 .*--block_size 90; the longest, line 1 .* {lengths[0]} tokens"):
@@ -243,7 +244,7 @@ def test_packing_keeps_every_document_whole_and_fills_the_sequences(many):
     assert documents_of(packed) == sorted(tuple(item["input_ids"].tolist()) for item in alone)
     sizes = sorted(len(packed[index]["input_ids"]) for index in range(len(packed)))
     assert sizes[-1] <= 96
-    assert sizes[0] + sizes[1] > 96  # no two could be one
+    assert sizes[0] + sizes[1] > 96  # no two fit into one sequence
     assert len(packed) < len(alone) == 40
     train, held_out = hold_out(packed, 0.1)
     assert sorted(documents_of(train) + documents_of(held_out)) == documents_of(packed)
@@ -259,7 +260,7 @@ def test_packed_texts_stay_apart_and_long_ones_go_on_in_the_next_document(tmp_pa
 
 
 def test_packed_and_padded_give_the_same_loss_and_gradients(many, checkpoint_dir):
-    """In float64. The loss is that of the sum over all labels, as the trainer takes it."""
+    """In float64. The loss is over all labels of the batch, as in the trainer."""
     model, tokenizer = load_checkpoint(checkpoint_dir)
     tokenizer.chat_template = PLAIN
     found = []
@@ -279,7 +280,7 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(many, checkpoint_dir
 
 @pytest.fixture(scope="module")
 def talking(base_dir, donor_dir, tmp_path_factory) -> Path:
-    """A checkpoint of the tiny pair whose donor likes to end its turns: its first width is a bias, for the end."""
+    """A checkpoint of the tiny pair. Its donor's first hidden dimension is a bias that ends turns early."""
     folder = tmp_path_factory.mktemp("talking")
     donor = LlamaForCausalLM.from_pretrained(donor_dir)
     with torch.no_grad():
@@ -293,7 +294,7 @@ def talking(base_dir, donor_dir, tmp_path_factory) -> Path:
     return folder / "tiny"
 
 
-# Of its runs: 4 steps, so that one can be killed before the last.
+# Flags of its runs. There are 4 steps, so a run can be killed before its last step.
 TALK_RUN = ("--block_size", 96, "--max_steps", 4, "--self_conversations", 12)
 
 
@@ -355,7 +356,7 @@ def test_the_donors_turns_are_what_is_between_the_templates_words():
     tokenizer = tokenizer_with(CHATML)
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     between = ids("<|im_end|>\n<|im_start|>assistant\n")
-    skipped = [0] * (len(between) - 1)  # what is drawn where the template's words come
+    skipped = [0] * (len(between) - 1)  # tokens drawn where the template's words are taken instead
     rows = [
         ids("Why?<|im_end|>") + skipped + ids("So é.<|im_end|>more"),
         ids("Why?<|im_end|>") + skipped + ids("<|im_start|>user<|im_end|>"),  # a mark that ends nothing

@@ -120,7 +120,7 @@ def test_all_layers_grafted_give_the_donor_back(distilled, donor_dir, layers_dir
 
 
 def kill_at(owner: object, name: str, call: int) -> None:
-    """Let this process kill itself in the `call`th call of a function, when that has done its work."""
+    """Let this process kill itself at the end of the `call`th call of a function."""
     function, calls = getattr(owner, name), []
 
     def counted(*args, **kwargs):
@@ -134,7 +134,7 @@ def kill_at(owner: object, name: str, call: int) -> None:
 
 
 def killed(owner: object, name: str, call: int, *args: object, **kwargs: object) -> bool:
-    """Distil in a child that `kill_at` ends; whether it was killed."""
+    """Distil in a child process that `kill_at` kills. Return whether the child was killed."""
     child = os.fork()
     if child == 0:
         try:
@@ -187,7 +187,7 @@ def test_ray_s_workers_give_the_same_bytes(donor_dir, quick_python, tmp_path):
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout.splitlines()[-1] == f"The base is in {whole}"
     many = ["--ray", "local", "--layers_per_job", 2, "--memory_limit", 0]
-    # The processes of the jobs are quick too. Ray's own are not.
+    # The processes of the jobs start from `quick_python` too. Ray's own processes do not.
     become = f"os.execv({str(quick_python)!r}, [{str(quick_python)!r}, *sys.orig_argv[1:]])"
     is_job = "sys.orig_argv[1].endswith('distill/worker.py')"
     (tmp_path / "sitecustomize.py").write_text(f"import os, sys\nif {is_job}:\n    {become}\n")
@@ -228,7 +228,8 @@ def test_the_tokens_outlive_other_settings_of_the_training(donor_dir, tmp_path, 
     with pytest.raises(SurgeryError, match=r"loss is nan.*lower --learning_rate"):
         distill_llamba_base(*asked, **options | {"learning_rate": 1e30})
     kept = (work / "tokens.safetensors").stat()
-    assert killed(WorkFolder, "keep_layer", 1, *asked, **options)  # no layer was finished, so nothing stands against it
+    # No layer was finished, so another learning rate is allowed.
+    assert killed(WorkFolder, "keep_layer", 1, *asked, **options)
     slower = options | {"learning_rate": 1e-3}
     with pytest.raises(SurgeryError, match=r"settings: learning_rate: was 0.003, is now 0.001\. .*the tokens are kept"):
         distill_llamba_base(*asked, **slower)
@@ -271,7 +272,7 @@ def test_text_that_is_short_of_the_tokens_asked_for_is_told(donor_dir, tmp_path)
     more = ("--tokens", 5000, "--layers", 0, "--device", "cpu", "--output_dir", tmp_path / "out")
     result = run_command("distill_llamba_base", *flags, *more)
     assert result.returncode == 0, result.stderr
-    assert "--tokens is 5,000. All of the text is used." in result.stdout
+    assert "--tokens is 5,000. All of these sequences are used." in result.stdout
 
 
 def test_of_text_the_summary_has_one_digest(tmp_path):
@@ -311,7 +312,7 @@ def test_chosen_layers_are_trained_and_the_rest_starts_as_ever(donor_dir, distil
     all_of_them = load_file(distilled[0] / "model.safetensors")
     for name, tensor in load_file(tmp_path / "some" / "model.safetensors").items():
         assert tensor.dtype == torch.bfloat16
-        if ".mixer." not in name or ".2." in name:  # layer 2 is trained as it is among all
+        if ".mixer." not in name or ".2." in name:  # layer 2 is trained as in a run of all layers
             assert tensor.equal(all_of_them[name].bfloat16()), name
         elif "in_proj.weight" in name:
             assert not tensor.equal(all_of_them[name].bfloat16()), name

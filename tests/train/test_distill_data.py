@@ -40,7 +40,7 @@ def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch):
     text, jsonl, endless = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.txt"
     text.write_text("".join(lines) + "x" * 300 + " the end")
     jsonl.write_text(json.dumps({"text": text.read_text()}) + "\n")
-    endless.write_bytes(text.read_bytes() * 40 + b"\xff")  # no text, and never reached
+    endless.write_bytes(text.read_bytes() * 40 + b"\xff")  # 30 tokens do not reach the bad last byte
     tokenizer = make_tokenizer()
     whole = tokenizer(text.read_text() + END)["input_ids"]
     for path in (text, jsonl):
@@ -65,6 +65,8 @@ def test_a_text_in_pieces_begins_and_ends_once(tmp_path, monkeypatch):
     assert (tokens[0], tokens[-1]) == (begin, end)
     assert begin not in tokens[1:]
     assert end not in tokens[:-1]
+    few = tokens_of_text([tmp_path / "a.txt"], tokenizer, 8, 5, lambda count: None)
+    assert few.flatten().tolist() == tokens[:16]  # two sequences are needed in any case
 
 
 def test_a_caller_s_tokens_are_checked():

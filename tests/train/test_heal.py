@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -287,7 +288,7 @@ def test_scratch_begins_with_random_weights_of_the_seed(heal, tmp_path):
         assert result.returncode == 0, result.stderr
     losses = [info_of(tmp_path / seed)["healing"]["scores"]["before"]["eval_loss"] for seed in ("3", "4")]
     assert losses[0] != losses[1]
-    assert losses == pytest.approx([math.log(260)] * 2, abs=0.2)  # nobody knows anything yet
+    assert losses == pytest.approx([math.log(260)] * 2, abs=0.2)  # the untrained model only guesses
 
 
 def test_weights_with_code_in_them_are_refused_by_name(heal, tmp_path):
@@ -340,6 +341,20 @@ print([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] =
     result = run_python("-c", code, str(checkpoint_dir), str(text_file), str(tmp_path / "out"), cwd=PACKAGE.parent)
     assert "The loss is " in result.stdout, result.stderr
     assert result.stdout.splitlines()[-1] == "True"
+
+
+def test_the_second_sigterm_ends_a_program_that_has_no_handler():
+    code = """
+import os, signal
+from model_preparation.train.heal.callbacks import SaveWhenStopped
+SaveWhenStopped().on_train_begin(None, None, None)
+os.kill(os.getpid(), signal.SIGTERM)
+print("saving", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("still here")
+"""
+    result = run_python("-c", code, cwd=PACKAGE.parent)
+    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "saving\n"), result.stderr
 
 
 def test_a_tracker_that_is_not_installed_or_too_new_is_named(heal, tmp_path, monkeypatch):

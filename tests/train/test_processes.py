@@ -37,7 +37,7 @@ def environment_of(config: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def slow_flags(flags) -> list[object]:
-    """Of steps so small that it matters little how many sequences each of them sees."""
+    """Flags with steps so small that the number of sequences per step matters little."""
     return [*flags, "--learning_rate", 1e-3]
 
 
@@ -58,7 +58,7 @@ def loss_after(folder: Path) -> float:
 
 
 def test_the_held_out_loss_is_that_of_each_sequence_once_whatever_the_processes(flags, tmp_path):
-    """What fills up the last batches is in no mean."""
+    """Sequences that only fill up the last batches count in no mean."""
     write_text(tmp_path / "other.txt", words=50, seed=5)
     more = ["--eval_data", tmp_path / "other.txt", "--max_steps", 1, "--eval_interval", 1]
     found = {}
@@ -76,7 +76,7 @@ def newest_state(output_dir: Path) -> ResumeState:
 
 
 def test_two_then_one_then_two_processes_are_the_same_run(slow_flags, tmp_path):
-    flags = [*slow_flags, "--dropout", 0]  # whose draws differ with the number of processes
+    flags = [*slow_flags, "--dropout", 0]  # dropout's draws differ with the number of processes
     assert run_until([*flags, "--accumulation", 4, "--output_dir", tmp_path / "one"])[0] == 0
     args = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 1]
     run_until(args, 2, 0, processes=2)
@@ -120,7 +120,7 @@ def test_where_a_step_cannot_stay_the_same_sequences_it_is_converted(slow_flags,
     )
     assert f"{words} Each step has 4 sequences" in text
     two = newest_state(tmp_path / "out")
-    # Half a step of two processes that one had done is not done twice.
+    # One process may have done half a step of two processes. That half is not done twice.
     assert two.sequences_seen == 4 * two.steps + 2 * one.steps % 4
     code, text = run_until(args)
     assert code == 0
@@ -130,7 +130,7 @@ def test_where_a_step_cannot_stay_the_same_sequences_it_is_converted(slow_flags,
 
 @pytest.fixture(scope="module", params=["ddp.yaml", "fsdp.yaml"])
 def staged(request, checkpoint_dir, donor_dir, tmp_path_factory) -> Iterator[tuple]:
-    """What two processes make in two stages when nobody touches them, and what `run_until` takes for it."""
+    """What two processes make in two stages without a kill, and the arguments of `run_until` for it."""
     folder = tmp_path_factory.mktemp("staged")
     text = write_text(folder / "text.txt", words=100)
     learning = {"teacher": str(donor_dir), "teacher_cache": str(folder / "cache"), "teacher_top_k": 8}

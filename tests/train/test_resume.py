@@ -40,7 +40,7 @@ FIELDS = {
 
 
 def make_state(folder: Path, step: int, world_size: int = 1) -> Path:
-    """A complete state without anything to train in it."""
+    """A complete state, but with a number in place of weights."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "weights").write_text(str(step))
@@ -51,7 +51,7 @@ def make_state(folder: Path, step: int, world_size: int = 1) -> Path:
 
 
 def copy_states(healed: Path, output_dir: Path) -> Path:
-    """The states of the fixture's run as those of a run to `output_dir`."""
+    """Copy the states of `healed` to where a run to `output_dir` looks for its own."""
     states = output_dir.with_name(f"{output_dir.name}_resume")
     shutil.copytree(healed.with_name(f"{healed.name}_resume"), states)
     return states
@@ -71,7 +71,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(flags, heal, hea
 
 def test_asked_to_stop_a_run_saves_where_it_is_and_ends_with_the_same_bits(flags, heal, healed, tmp_path):
     out = tmp_path / "out"
-    more = ["--output_dir", out, "--milestones", "1=early"]  # at no interval of the others
+    more = ["--output_dir", out, "--milestones", "1=early"]  # at this step, no other state is saved
     assert run_until([*flags, *more], 3, 0, signal.SIGTERM)[0] == 143
     states, _ = list_states(tmp_path / "out_resume")
     assert states[-1].steps in (4, 5)
@@ -140,7 +140,8 @@ def test_a_damaged_state_is_named_and_the_one_before_it_offered(heal, healed, tm
     before = sorted(folder.name for folder in states.iterdir())
     other = states / "checkpoint-4" / "model.safetensors"
     weights = other.read_bytes()
-    other.write_bytes(weights[:-1])  # then the one before it is no help, and no state is put aside for it
+    # Now checkpoint-4 is damaged too. It is not offered, and no state is put aside for it.
+    other.write_bytes(weights[:-1])
     assert_refused(heal(tmp_path / "out"), f"{path} is missing", f"--resume {states / 'checkpoint-3'}")
     refused = heal(tmp_path / "out", "--resume", states / "checkpoint-4")
     assert_refused(refused, str(other), f"--resume {states / 'checkpoint-3'}")
@@ -325,7 +326,7 @@ def test_the_scaler_of_float16_is_written_and_taken_up(tmp_path):
 
 @on_devices
 def test_one_process_of_a_launcher_stops_and_goes_on_without_it(flags, heal, device, tmp_path, request):
-    """On a GPU in float16. There sums come in no fixed order, so the weights are close, not the same to the bit."""
+    """A GPU run is in float16, and its sums have no fixed order. So its weights are close, but not equal."""
     out, whole, more = tmp_path / "out", tmp_path / "whole", ["--device", device]
     if device == "cuda":
         more += ["--precision", "float16"]

@@ -1,4 +1,4 @@
-"""Healing in stages, from a file of --config: what they make, killed in between, and what cannot be."""
+"""Healing in stages, from a file of --config: what they make, also after a kill, and what is refused."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def written(folder: Path, config: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def staged(config, tmp_path_factory) -> Path:
-    """What the stages make when nobody touches them."""
+    """What the stages make without a kill."""
     folder = tmp_path_factory.mktemp("staged")
     result = run_heal(*written(folder, config), "--output_dir", folder / "out")
     assert result.returncode == 0, result.stderr

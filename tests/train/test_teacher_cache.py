@@ -160,7 +160,7 @@ def test_what_is_kept_are_the_largest_log_probabilities_and_the_rest_of_1(teache
     torch.testing.assert_close(shard["log_probs"].double(), wanted.values[:, :5], rtol=0, atol=1e-5)
     torch.testing.assert_close(exact.gather(1, shard["tokens"].long()), wanted.values[:, :5], rtol=0, atol=1e-5)
     torch.testing.assert_close(shard["others"].double().exp(), wanted.values[:, 5:].exp().sum(1), rtol=1e-4, atol=1e-6)
-    # Docs: bytes per position.
+    # The number of bytes per position that the documents state.
     assert sum(tensor.nbytes for tensor in shard.values()) == len(exact) * (5 * 6 + 4)
     with pytest.raises(SurgeryError, match="teacher_top_k: was 5, is now 4"):
         cache_in(tmp_path / "cache", teacher_top_k=4).fill(lambda: teacher(tmp_path / "asked"), ALONE)

@@ -1,4 +1,4 @@
-"""One layer's training: what is compared, what is trained, where it starts; against computations of their own."""
+"""One layer's training: what is compared, what is trained, where it starts; each computed here anew."""
 
 import copy
 
@@ -42,7 +42,7 @@ def start(donor, mixer=None, seed=0) -> LlambaDecoderLayer:
 
 
 def attention_of(donor, states) -> torch.Tensor:
-    """What the attention block of layer 1 adds, by a hook in the whole of transformers' layer."""
+    """What the attention block of layer 1 adds (caught by a hook), and the output of the whole layer."""
     layer, caught = donor.model.layers[1], []
     hook = layer.self_attn.register_forward_hook(lambda module, args, out: caught.append(out[0]))
     positions = donor.model.rotary_emb(states, torch.arange(states.shape[1])[None])
@@ -69,7 +69,7 @@ def test_the_relative_error_is_error_over_variance(donor, states):
     )
 
     counts = torch.zeros(states.shape[:2])
-    counts[:, 3:9] = 2.0  # of these positions only, whatever is at the others
+    counts[:, 3:9] = 2.0  # only these positions count
     some = relative_error(layer, student, in_order(states, counts))
     assert some == pytest.approx(ratio(given[:, 3:9], wanted[:, 3:9]).item(), rel=1e-4)
 

@@ -1,8 +1,9 @@
 """Writes .pt files for `torch.load` without holding the tensors in memory.
 
 The files are written at the speed of the disk. Every source block is read once and goes into all files. SHA-256,
-CRC-32 and BLAKE3 are computed meanwhile. Only a few blocks are in memory, whatever the model's size. torch, and the
-objects to save, are needed only after the tensors are written. `pt_archive` makes everything around the tensors.
+CRC-32 and BLAKE3 are computed meanwhile. Only a few blocks are in memory, whatever the model's size.
+The objects to save are needed only after the tensors are written. torch is needed only then, and for casts.
+`pt_archive` makes everything around the tensors.
 """
 
 import contextlib
@@ -69,7 +70,10 @@ def write_dict(
     sources: "Mapping[str, StoredTensor | CastTensor]",
     advance: Advance = lambda size_bytes: None,
 ) -> tuple[dict, dict[str, str]]:
-    """Write a file with the dict `sources`, without torch. Return the file's description and the sources' BLAKE3."""
+    """Write a file with the dict `sources`. Return the file's description and the sources' BLAKE3.
+
+    Only casts need torch.
+    """
     with _begun([path], sources, advance) as (beginning, blake3):
         return beginning.finish(pickled_dict(sources)), blake3
 

@@ -193,7 +193,8 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
     """Where each tensor of a safetensors file lies, by name, in the file's order.
 
     Raises:
-        SurgeryError: if the header is not valid, or tensor ranges overlap or leave gaps.
+        SurgeryError: if the header is not valid, if no model can run in a dtype, or if tensor ranges
+            overlap or leave gaps.
     """
     try:
         size_bytes = regular_file(path).stat().st_size

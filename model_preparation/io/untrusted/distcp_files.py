@@ -44,7 +44,8 @@ def check_shards(folder: Path) -> None:
     """Check everything that torch would unpickle in a folder of shards.
 
     Raises:
-        ValueError: for a global that such a folder does not need (the error names it), or for a damaged pickle.
+        ValueError: for a global that such a folder does not need (the error names it), or for a file or
+            entry that is damaged or too large.
         SurgeryError, OSError: as from `regular_file` and `inside`.
     """
     for name, (file_name, offset, size_bytes) in _entries(regular_file(folder / SHARD_METADATA)).items():

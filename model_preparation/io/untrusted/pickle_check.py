@@ -245,7 +245,8 @@ class _Machine:
         self._stack.append(_Other())
 
 
-# Opcodes that push their argument. torch does not know all of them, but each may push a part of a global's name.
+# Opcodes that push their argument. torch does not know those in the second line. They may push a part
+# of a global's name.
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"}
 _VALUES |= {"SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING"}
 _BY_NAME = ("GLOBAL", "INST")

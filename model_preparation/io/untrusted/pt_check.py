@@ -164,7 +164,7 @@ def _checked_end(file: BinaryIO, file_bytes: int) -> tuple[int, int, int]:
     """Check the end of the zip file. Return the number of entries in its directory, and where that starts and ends."""
     end_start = file_bytes - _END.size
     if end_start < 0 or _read(file, 0, 4) != b"PK\x03\x04":
-        raise ValueError("it is not a zip file, as torch.save writes them since torch 1.6")
+        raise ValueError("it is not a zip file; torch.save writes zip files since torch 1.6")
     end = _END.unpack(_read(file, end_start, _END.size))
     if end[0] != b"PK\x05\x06":
         raise ValueError("it does not end in a zip directory; it may be cut short")

@@ -150,9 +150,9 @@ def tokens_of_text(
 ) -> Tensor:
     """The first `tokens` tokens of the texts, or all if there are fewer: (sequences, length) int64.
 
-    `tokens` is rounded up to whole sequences. If there are fewer tokens, an incomplete last sequence is left
-    out. Long texts are tokenised in pieces, and only as far as needed. Where two pieces meet, tokens can
-    differ from those of a text that is tokenised as a whole.
+    `tokens` is rounded up to whole sequences, at least two. If there are fewer tokens, an incomplete last sequence is
+    left out. Long texts are tokenised in pieces, and only as far as needed. Where two pieces meet, tokens can differ
+    from those of a text that is tokenised as a whole.
 
     Args:
         advance: called with the number of tokens of each piece.
@@ -161,7 +161,7 @@ def tokens_of_text(
         SurgeryError: if the texts fill fewer than two sequences, or a file cannot be read.
     """
     end = tokenizer.eos_token_id
-    wanted = math.ceil(tokens / length) * length
+    wanted = max(2, math.ceil(tokens / length)) * length
     stream = array("i")
     for piece in texts.read_texts(files, _PIECE_CHARACTERS):
         # verbose=False: no warning about long texts, which are cut below.
@@ -191,7 +191,11 @@ def _read(data: str | Path, work: WorkFolder, donor_folder: Path) -> Tensor:
     with bar("Tokens", tokens) as advance:
         found = tokens_of_text(text_files(data), load_tokenizer(donor_folder), length, tokens, advance)
     if found.numel() < tokens:
-        print(f"The text has {found.numel():,} tokens; --tokens is {tokens:,}. All of the text is used.", flush=True)
+        print(
+            f"The text has {found.numel():,} tokens in whole sequences; --tokens is {tokens:,}. "
+            "All of these sequences are used.",
+            flush=True,
+        )
     return found
 
 

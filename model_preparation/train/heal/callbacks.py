@@ -76,5 +76,6 @@ class SaveWhenStopped(TrainerCallback):
 
     def _on_signal(self, number: int, frame) -> None:
         if self.received is not None:
-            self._previous_handlers[number](number, frame)  # type: ignore[operator]
+            self.restore_handlers()
+            signal.raise_signal(number)
         self.received = number

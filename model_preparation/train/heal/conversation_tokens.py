@@ -82,19 +82,20 @@ def _rendered(
             text, spans = render(messages, return_assistant_tokens_mask=bool(_TAGS.search(template)))
             if loss_on == "all":
                 return text, [(0, len(text))], ""
-            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-            if not turns:
+            all_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            if not all_turns:
                 return (
                     text,
                     [],
                     "the conversation has no turn of the assistant. Leave the row out, or give --loss_on all.",
                 )
-            turns = turns[-1:] if loss_on == "completion" else turns
+            turns = all_turns[-1:] if loss_on == "completion" else all_turns
             if not spans:
                 for index in turns:
                     span = _turn(text, messages, index, lambda *args, **more: render(*args, **more)[0])
                     if span is None:
-                        return text, [], f"it does not show where message {index + 1} is. {_MARK_OR_LEARN_ALL}"
+                        unseen = f"turn {all_turns.index(index) + 1} of the assistant"
+                        return text, [], f"it does not show where {unseen} is. {_MARK_OR_LEARN_ALL}"
                     spans.append(span)
             elif loss_on == "completion":
                 begin = len(render(messages[: turns[-1]])[0])

@@ -63,7 +63,7 @@ def heal_in_stages(
     Args:
         stages: each has a `name`, and may have its own `data`, `milestones` and fields of `HealSettings`.
         data: the text for stages that have no `data` of their own.
-        clean_up: remove the states and the earlier stages' checkpoints once the result is written.
+        clean_up: in the end, remove the last stage's states and the earlier stages' checkpoints.
         given: other arguments of `heal_checkpoint`, and fields of `HealSettings` for all stages.
 
     Raises:
