@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def get_model_modelscope(
     name: str, device: "str | torch.device" = "cpu", dtype: "torch.dtype | str | None" = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, int, int]":
-    """Load a donor or a Llamba, with its own tokenizer, or else with the tokenizer that `sources.TABLE` names for it.
+    """Load a donor or a Llamba, with its own tokenizer or else the one that `sources.tokenizer_name` names.
 
     Args:
         name: a name of `sources.TABLE`, a folder, or a hub id.

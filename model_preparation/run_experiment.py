@@ -105,13 +105,16 @@ class Step:
 
     @property
     def can_replace(self) -> bool:
-        """Whether the step's command replaces an earlier result by --overwrite. This needs --redo."""
+        """Whether only --redo replaces an earlier result. The step's command then gets --overwrite."""
         return self.kind in ("extract", "search", "build", "heal")
 
 
 @dataclass(frozen=True)
 class State:
-    """The state of a step, and its reason. `word` is "done", "to do", or "again" if the result has other settings."""
+    """The state of a step, and its reason.
+
+    `word` is "done", "to do", or "again" if the result's settings differ or are not recorded.
+    """
 
     word: str
     reason: str = ""

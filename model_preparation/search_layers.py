@@ -35,8 +35,8 @@ continues.
 methods:
   singles      every layer alone, on all questions. A layer pass is one layer on all questions. Without shared work, n
                layers take n^2 passes. With shared work they take n + n (n + 1) / 2, more than half of n^2. With
-               --race on --top 1, only the best layer is sure to be scored on all questions. On the embedded pair with
-               250 questions (--limit 250), this took 0.32 of the passes without shared work
+               --race on --top 1, only the best layer is sure to be scored on all questions. On tiny_llama and
+               tiny_llamba with --limit 250, this took 0.32 of the passes without shared work
   exhaustive   every combination
   greedy       add one layer after the other, each time the layer that improves the score most
   beam         like greedy, but continue from the best few combinations of each size. Then try combinations that

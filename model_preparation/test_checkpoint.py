@@ -240,7 +240,7 @@ def _check(parser: CommandParser, args: argparse.Namespace) -> None:
     if args.server is not None:
         args.full_eval = args.skip_generation = True
         parser.refuse(args, ("dtype", "gpu", "device", "parallelize"), "has no effect with --server")
-        parser.refuse(args, ("efficiency",), "measures a model in this process, not on a server: leave out --server")
+        parser.refuse(args, ("efficiency",), "measures on this machine, not on a server: leave out --server")
         if args.checkpoint is None and (args.tokenizer is None or args.results_dir is None):
             parser.error("--server without --checkpoint needs --tokenizer and --results_dir")
     elif args.checkpoint is None:

@@ -98,8 +98,9 @@ def checkout(tmp_path_factory, put_python) -> Path:
 
 
 def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[str, str]) -> None:
-    """Run blocks in order from the repository's root: each of bash in a shell of its own, neighbours of Python in one
-    interpreter.
+    """Run blocks in order from the repository's root.
+
+    Each bash block has a shell of its own. Python blocks in a row share one interpreter.
     """
     environment = {
         **os.environ,

@@ -82,7 +82,7 @@ def outcomes_of(
 
 
 def failure(code: int, output: str) -> str:
-    """Why a command failed: its last error line, the signal, or its last line. "" means success."""
+    """Why a command failed, in one line: its last error line, the signal, or its last line. "" is success."""
     if code == 0:
         return ""
     lines = [line.strip() for line in output.replace("\r", "\n").split("\n") if line.strip()]

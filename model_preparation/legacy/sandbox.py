@@ -37,8 +37,8 @@ def enter(writable: Path) -> dict[str, bool]:
 
     Returns:
         "namespace": a network of its own, with only its own loopback. "sockets": the system calls that can
-        open a connection are refused. "files": writing outside `writable` is refused, except to /dev/null. All
-        are False on other systems than Linux.
+        open a connection are refused. "files": writing outside `writable` is refused, except to /dev/null.
+        All are False on other systems than Linux.
     """
     if platform.system() != "Linux":
         return {"namespace": False, "sockets": False, "files": False}

@@ -216,7 +216,10 @@ class CandidateScores:
 
     @property
     def dropped(self) -> list[LayerSet]:
-        """The combinations that were dropped in a race, the best first."""
+        """The combinations that answered only some questions, the best first.
+
+        A race dropped them, they failed, or the budget ended.
+        """
         return self.ranked(layers for layers in self._entered if self.is_known(layers) and not self.is_complete(layers))
 
     def statistics(self) -> dict[str, Any]:

@@ -215,6 +215,6 @@ def _known_heads(
 
 
 def _gains(scores: Mapping[int, float]) -> dict[int, float]:
-    """Scores minus their mean, as gains. The base's score is not known, but only the order of the gains matters."""
+    """Scores minus their mean, as gains. The mean takes the place of the base's score, which is not known."""
     middle = sum(scores.values()) / max(len(scores), 1)
     return {unit: score - middle for unit, score in sorted(scores.items())}

@@ -1,8 +1,8 @@
 """A genetic algorithm over sets of layers.
 
-The first generation has sets of the best single layers, sets of layers at equal distances, and random sets. Crossing
-and mutation of good sets make the next generations. Patterns guide mutation. Patterns are layers and pairs of layers
-that are more frequent in good sets than in all sets.
+The first generation has sets of the best single layers, pairs with the best layer, sets of layers at equal
+distances, and random sets. Crossing and mutation of good sets make the next generations. Patterns guide
+mutation. Patterns are layers and pairs of layers that are more frequent in good sets than in all sets.
 """
 
 import random
@@ -13,7 +13,8 @@ from itertools import combinations
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import LayerSet, SearchSpace, normal
 
-_ELITE_SHARE = 0.1  # share of a generation: its best sets, which stay in the next one, and which no race drops
+# Share of a generation: the best sets so far. They stay in the next generation, and no race drops them.
+_ELITE_SHARE = 0.1
 _GOOD = 0.25  # share of the known sets that counts as good for the patterns
 _TOURNAMENT_SIZE = 3  # this many sets are drawn, and the best of them becomes a parent
 _CROSSOVER_RATE = 0.9  # chance that a child has two parents
@@ -62,7 +63,7 @@ class _Patterns:
         self._sizes = len(good), len(ranked)
 
     def weight(self, layer: int, layers: LayerSet) -> float:
-        """How good a layer looks together with `layers`; 1 if nothing is known."""
+        """How good a layer looks together with `layers`. Patterns that were never seen count as good."""
         patterns = [(layer,), *(normal([layer, other]) for other in layers)]
         return sum(map(self._ratio, patterns)) / len(patterns)
 

@@ -22,7 +22,7 @@ def search(space: SearchSpace, scores: CandidateScores, settings: SearchSettings
 
 
 def singles(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Score every layer alone."""
+    """Score every unit alone."""
     scores.evaluate(space.singles, settings.top)
 
 
@@ -32,12 +32,12 @@ def exhaustive(space: SearchSpace, scores: CandidateScores, settings: SearchSett
 
 
 def greedy(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Add layer after layer, each time the layer that improves the score most."""
+    """Add unit after unit, each time the unit that improves the score most."""
     _grow(space, scores, 1)
 
 
 def beam(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Add layer after layer to the best few combinations of each size; then refine the best combination."""
+    """Add unit after unit to the best few combinations of each size; then refine the best combination."""
     _grow(space, scores, settings.beam_width)
     refine(space, scores)
 
@@ -67,7 +67,7 @@ METHODS: dict[str, Callable[[SearchSpace, CandidateScores, SearchSettings], None
 
 
 def refine(space: SearchSpace, scores: CandidateScores) -> None:
-    """Add, drop or swap one layer of the best combination, as long as that makes it better."""
+    """Add, drop or swap one unit of the best combination, as long as that makes it better."""
     while candidates := [layers for layers in scores.complete if layers in space]:
         best = candidates[0]
         found = scores.evaluate([best, *space.by_promise(space.neighbours(best), scores)], 1)

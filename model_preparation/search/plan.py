@@ -194,7 +194,7 @@ def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     left_out = [size for size in asked if not space.least <= size <= space.most]
     layers = f"; left out: {', '.join(map(str, left_out))} {units.word}" if left_out else "; all sizes fit"
     if space.most_kv_heads is not None:
-        layers = f"; a combination may need {space.most_kv_heads} key/value heads" + layers
+        layers = f"; a combination may need at most {space.most_kv_heads} key/value heads" + layers
     most = {size: size * units.kv_heads for size in (space.least, space.most)}
     if units.heads:
         most = {space.most: min(space.most, space.most_kv_heads or 0)}

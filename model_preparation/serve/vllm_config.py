@@ -34,7 +34,7 @@ class LlambaSettings(VerifyAndUpdateConfig):
         """Change vLLM's configuration for the model, and refuse features that would give wrong tokens.
 
         Raises:
-            ValueError: for a feature of vLLM that our layers do not have.
+            ValueError: for a model that vLLM cannot serve, or a feature of vLLM that our layers do not have.
         """
         config = vllm_config.model_config.hf_config
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from transformers.models.llama import configuration_llama, modeling_llama
 from model_preparation import SurgeryError, build_checkpoint
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.io.tensors.tensor_ranges import safetensors_ranges
-from model_preparation.io.untrusted.pickle_check import globals_in
+from model_preparation.io.untrusted.pickle_check import HIDDEN_GLOBAL, globals_in
 from model_preparation.legacy import import_layers, reader, sandbox
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import assert_refused, run_command, seeded, tiny_config
@@ -190,6 +192,28 @@ def test_without_trust_nothing_is_opened(layers, old, tmp_path):
     with contextlib.suppress(AttributeError):
         torch.load(old / "layer_2.pt", weights_only=False)
     assert (tmp_path / "ran").is_dir()  # so the file does what it should not
+
+
+@pytest.mark.parametrize(
+    ("pickled", "named"),
+    [
+        (b"\x80\x04\x8c\x02os\x94\x8c\x06getcwd\x94\x93)R.", "os.getcwd"),
+        (b"\x80\x04U\x02osU\x06getcwd\x93)R.", "os.getcwd"),
+        (b"\x80\x04T\x02\x00\x00\x00osT\x06\x00\x00\x00getcwd\x93)R.", "os.getcwd"),
+        (b"S'os'\nS'getcwd'\n\x93)R.", "os.getcwd"),
+        (b"\x80\x04\x8c\x02osq\x05\x8c\x06getcwdq\x0600h\x05h\x06\x93)R.", "os.getcwd"),
+        # Other values are pushed and popped, or names are popped and come back from the memo.
+        (b"\x80\x04\x8c\x02os\x8c\x06getcwd\x8c\x04json\x8c\x05loads00\x93)R.", HIDDEN_GLOBAL),
+        (b"\x80\x04\x8c\x02osq\x050h\x05\x8c\x06getcwdq\x060h\x06\x93)R.", HIDDEN_GLOBAL),
+    ],
+)
+def test_every_spelling_of_a_global_is_named_or_called_hidden(pickled, named, tmp_path):
+    assert pickle.loads(pickled) == os.getcwd()  # noqa: S301  the file does what it should not
+    with zipfile.ZipFile(tmp_path / "layer_0.pt", "w") as archive:
+        archive.writestr("layer/data.pkl", pickled)
+    assert globals_in(tmp_path / "layer_0.pt") == {named}
+    refused = import_by_command(tmp_path, tmp_path / "out", "--layers", 0)
+    assert_refused(refused, "can run code", named)
 
 
 PROBE = """

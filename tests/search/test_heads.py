@@ -134,7 +134,7 @@ def test_a_budget_of_bytes_counts_the_key_value_heads_that_are_shared(pairs, mak
     ]
     assert {row["kv_bytes_per_token"] for row in found["final_results"]} == {128}
     assert any("Candidates   12, of which 12 are evaluated" in line for line in lines)
-    assert any("may need 1 key/value heads; left out: 3, 4 heads" in line for line in lines)
+    assert any("may need at most 1 key/value heads; left out: 3, 4 heads" in line for line in lines)
     with pytest.raises(SurgeryError, match="of 1 to 4 heads has a cache of at least 12,288 bytes"):
         search_layers(settings, output_dir=tmp_path / "none", max_cache_bytes=8192, dry_run=True)
     for method in ("ga", "beam"):

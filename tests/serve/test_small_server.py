@@ -245,7 +245,7 @@ def test_servers_that_cannot_score(served_dirs, tmp_path):
     assert_refused(run_command("test_checkpoint", "--server", url), "--tokenizer", "--results_dir", code=2)
     assert_refused(run_command("test_checkpoint", *flags, "--model", "a"), "--server", code=2)
     measured = run_command("test_checkpoint", *flags, "--server", url, "--efficiency")
-    assert_refused(measured, "--efficiency measures a model in this process", "leave out --server", code=2)
+    assert_refused(measured, "--efficiency measures on this machine", "leave out --server", code=2)
 
 
 def test_ctrl_c_ends_it(server):

@@ -258,6 +258,8 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": -1}
 def globals_in(path: Path) -> set[str]:
     """Every class or function that would be imported to load a torch.save file, such as "collections.OrderedDict".
 
+    If a file hides the name of a global, as only attackers do, the set has `HIDDEN_GLOBAL`.
+
     The file is a zip file (from torch 1.6 on), or several pickles in a row (from older versions).
 
     Raises:
@@ -290,27 +292,35 @@ def _pickle_of(file: BinaryIO) -> bytes:
 
 
 def _globals_of(operations: Iterable[tuple[Any, Any, Any]]) -> set[str]:
-    """The globals of one pickle. Newer protocols push the module and the name separately, perhaps from the memo."""
+    """The globals of one pickle. Newer protocols push the module and the name separately, perhaps from the memo.
+
+    Writers of pickles push both directly before they are used. Anything else counts as `HIDDEN_GLOBAL`.
+    """
     found = set()
-    memo: dict[int, str] = {}
-    texts = ["", ""]
+    memo: dict[int, str | None] = {}
+    pushed: list[str | None] = []  # by the operations just before this one; None: it is not known, or no text
     for operation, argument, _ in operations:
         name = operation.name
         if name in _TEXT:
-            texts.append(argument)
-        elif name == "MEMOIZE":
-            memo[len(memo)] = texts[-1]
-        elif name in _PUT:
-            memo[argument] = texts[-1]
+            pushed.append(argument)
         elif name in _GET:
-            texts.append(memo.get(argument, ""))
-        elif name in _BY_NAME:
-            found.add(argument.replace(" ", "."))
-        elif name == "STACK_GLOBAL":
-            found.add(f"{texts[-2]}.{texts[-1]}")
+            pushed.append(memo.get(argument))
+        elif name == "MEMOIZE" or name in _PUT:
+            memo[len(memo) if name == "MEMOIZE" else argument] = pushed[-1] if pushed else None
+        elif name not in _SKIPPED:
+            if name in _BY_NAME:
+                found.add(argument.replace(" ", "."))
+            elif name == "STACK_GLOBAL":
+                names = [text for text in pushed[-2:] if text is not None]
+                found.add(".".join(names) if len(names) == 2 else HIDDEN_GLOBAL)
+            elif name in _REGISTERED:
+                found.add(HIDDEN_GLOBAL)
+            pushed = []
     return found
 
 
-_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"}
+HIDDEN_GLOBAL = "a global whose name the file hides"
+_REGISTERED = {"EXT1", "EXT2", "EXT4"}  # globals that have a number instead of a name
+_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING"}
 _PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
 _GET = {"GET", "BINGET", "LONG_BINGET"}
