@@ -247,7 +247,7 @@ def read_base(name: str, work: Path) -> None:
 
 
 def plan_with(name: str, work: Path) -> None:
-    from model_preparation.checkpoint.check_graft import plan
+    from model_preparation.checkpoint.graft_plan import plan
     from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
     graft = plan(str(work / name), [1], work / "layers")
@@ -303,7 +303,7 @@ SCENARIOS: dict[str, list[Callable[[Path], None]]] = {
 
 
 def make_models(work: Path) -> None:
-    """Make a base (one .bin, and safetensors shards), extracted layers, a checkpoint, and copies to restore from."""
+    """Make two bases (a .bin file, safetensors shards), extracted layers, a checkpoint, and copies to restore from."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

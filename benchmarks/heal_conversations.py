@@ -1,4 +1,4 @@
-"""Healing on conversations that the donor wrote, against healing on plain text that the donor wrote, for as many steps.
+"""Healing on the donor's conversations, against healing on the donor's plain text, for the same number of steps.
 
 A grafted checkpoint is healed twice with the donor as teacher. Only --data differs: packed conversations, or about as
 many tokens of text. With --no_teacher, the checkpoints learn from the tokens alone. Both results are then scored on

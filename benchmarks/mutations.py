@@ -69,7 +69,7 @@ def any_bytes(data: bytes, rng: Random) -> bytes:
 
 
 def zip_numbers(data: bytes, rng: Random) -> bytes:
-    """Put another number into a local header, an entry of the central directory, or the directory's end record."""
+    """Put another number into a local header, a data descriptor, or an entry or end record of the directory."""
     signature = rng.choice([b"PK\x03\x04", b"PK\x01\x02", b"PK\x01\x02", b"PK\x05\x06", b"PK\x07\x08"])
     places = [i for i in range(len(data) - 46) if data.startswith(signature, i)] if len(data) < 50_000 else []
     start = rng.choice(places) if places else max(data.rfind(signature), 0)
@@ -147,7 +147,7 @@ def changed_pickle(content: bytes, rng: Random) -> bytes:
 
 
 def json_values(data: bytes, rng: Random) -> bytes:
-    """Replace a value by one of any type; drop, rename, add or repeat a key; nest deeply; or write an odd number."""
+    """Replace a value by one of any type; drop, rename, add or repeat a key; nest deeply; write NaN or huge numbers."""
     value = json.loads(data)
     holders: list[tuple[dict | list, str | int]] = []
     waiting: list = [value]

@@ -1,6 +1,6 @@
 """Simulates power cuts at any moment of a run, and checks what is on the disk afterwards.
 
-The script records every change that a run makes on the disk: extract, build, overwrite, a base, cleaning
+The script records every change that these runs make on the disk: extract, build, overwrite, a base, cleaning
 (tests/faults/scenarios.py); healing, evaluating, a search's journal (tests/faults/long_work.py). From these changes it
 makes states of the disk that ext4, XFS and the weakest file system that POSIX allows may leave (tests/faults/disk.py
 says what each may lose). In every state, a folder must be either the old folder or the new one, and whole. Everything

@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=100, help="questions")
     parser.add_argument("--long_limit", type=int, default=30, help="questions of each length")
-    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder; nothing in it is used again")
+    parser.add_argument("--output_dir", type=Path, required=True, help="a folder that does not exist yet")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True)
     torch.set_num_threads(1)

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 a fault of an input or the machine, 2 wrong usage, 130 Ctr
 
 import argparse
 import contextlib
-import difflib
 import gc
 import io
 import math
@@ -106,7 +105,7 @@ class CommandParser(argparse.ArgumentParser):
         if action is None:
             flags = [flag.removeprefix("--") for flag in self._option_string_actions]
             known = [flag for flag in flags if "-" not in flag and self.flag_named(flag)]
-            raise SurgeryError(f"{entry.place}: there is no key {key!r}.{nearest(key, known)}")
+            raise SurgeryError(f"{entry.place}: there is no key {key!r}.{flags_file.nearest(key, known)}")
         value, flag, what = entry.value, action.option_strings[0], f"{entry.place}: {key}"
         if isinstance(value, dict):
             raise SurgeryError(f"{what} has keys in it. Give a value that {flag} takes.")
@@ -178,12 +177,6 @@ class CommandParser(argparse.ArgumentParser):
 def _key(action: argparse.Action) -> str:
     """The key in a --config file that stands for a flag."""
     return action.option_strings[0].removeprefix("--") if action.option_strings else action.dest
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A sentence with the known word that the user probably meant; "" if none is near."""
-    near = difflib.get_close_matches(word, known, 1, 0.5)
-    return f" The nearest is {near[0]}." if near else ""
 
 
 # The command's parser, if --config was given.

@@ -4,8 +4,9 @@ Every value is the text in the file, as a user would type it on a command line. 
 `on` stays `on`, and 010 stays 010.
 """
 
+import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -48,6 +49,12 @@ def read_entries(path: Path, lists: Collection[str] = ()) -> dict[str, Entry]:
         where = "" if mark is None else f", line {mark.line + 1}"
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise SurgeryError(f"{path}{where}: this is not YAML ({reason}). Write `key: value` in each line.") from error
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence with the known word that the user probably meant; "" if none is near."""
+    near = difflib.get_close_matches(word, known, 1, 0.5)
+    return f" The nearest is {near[0]}." if near else ""
 
 
 def _entries(node: "yaml.Node", path: Path, lists: Collection[str] = ()) -> dict[str, Entry]:

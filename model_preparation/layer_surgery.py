@@ -7,7 +7,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
-from model_preparation import command_line
+from model_preparation import command_line, flags_file
 from model_preparation.versions import __version__
 
 
@@ -58,7 +58,7 @@ def show_subcommands() -> None:
     if sys.argv[1:2] and not sys.argv[1].startswith("-"):
         word = sys.argv[1].removesuffix(".py").removesuffix(".sh")
         same = [name for name, each in SUBCOMMANDS.items() if each.module == word]
-        hint = f" That is {same[0]}." if same else command_line.nearest(word, SUBCOMMANDS)
+        hint = f" That is {same[0]}." if same else flags_file.nearest(word, SUBCOMMANDS)
         parser.error(f"there is no subcommand {sys.argv[1]!r}.{hint} {parser.prog} --help lists all.")
     parser.parse_args()
     parser.print_help()

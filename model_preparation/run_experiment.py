@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from model_preparation.command_line import CommandParser, default_folder, heads_by_layer, heads_text, nearest, run
+from model_preparation.command_line import CommandParser, default_folder, heads_by_layer, heads_text, run
 from model_preparation.errors import SurgeryError
-from model_preparation.flags_file import Entry, read_entries
+from model_preparation.flags_file import Entry, nearest, read_entries
 from model_preparation.hub.sources import source_here
 from model_preparation.io.complete_file import make_folder, write_file
 from model_preparation.io.result_inputs import differences, digest_of
 from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.untrusted_files import check_fields, parse_json
-from model_preparation.jobs.jobs import failure
-from model_preparation.jobs.process import CommandProcess, Launch
+from model_preparation.jobs.process import CommandProcess, Launch, failure
 from model_preparation.jobs.table import table
 from model_preparation.terminal import escaped
 
@@ -327,7 +326,7 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
             missing.setdefault(str(error), key)
 
     for step in steps:
-        if step.kind in ("search", "build"):
+        if step.kind in ("search", "build") or step.name == "evaluate base":
             check("base", source_here, experiment.base, sources)
         if step.kind == "extract" or step.name == "evaluate donor":
             check("donor", source_here, experiment.donor, sources)

@@ -73,7 +73,8 @@ def main() -> None:
     if args.mixer_heads is not None:
         mixer |= {"n_v_heads": args.mixer_heads, "n_qk_heads": args.mixer_heads}
     folder = args.work_dir.resolve() / f"seed_{args.seed}_heads_{args.heads}_steps_{args.steps}"
-    command = f"scripts/make_embedded_pair.py --seed {args.seed}" + "".join(changed) + (" --output_dir DIR" if changed else "")
+    needed = [*changed, " --output_dir DIR"] if changed else []
+    command = f"scripts/make_embedded_pair.py --seed {args.seed}" + "".join(needed)
     donor = {"seed": args.seed, "heads": args.heads, "steps": args.steps}
     run(lambda: make_pair(args.output_dir.resolve(), folder, donor, mixer, command))
 

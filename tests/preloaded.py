@@ -65,7 +65,8 @@ def preloaded_python(start: Callable[[str, str], None] = _start_server) -> Itera
     All processes of a test run have one server. It ends when none of them uses it any more.
 
     Args:
-        start: starts the server. `serve` forks it from this process, which then has the imports too.
+        start: starts the server. With `serve`, the server is forked from this process. This process then has
+            the imports too.
     """
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     run = os.environ.setdefault("PRELOADED_BY", run[:16])  # a socket's path has at most 107 bytes

@@ -483,7 +483,7 @@ def wait_for_partial(process: subprocess.Popen, out: Path) -> None:
 
 
 def test_the_files_hold_what_torch_save_writes(checkpoint_dir, tmp_path):
-    """The zip files have the names and tensors that torch.save writes, and right CRCs. No tensor was loaded for them.
+    """The zip files have torch.save's names and tensors, and right CRCs. No tensor was loaded for them.
 
     The pickles are not compared: a module loaded and pickled again may share its strings differently,
     and may number its tensors in another order.

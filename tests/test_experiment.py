@@ -170,6 +170,14 @@ def test_a_damaged_record_is_named(record, tmp_path):
     assert_refused(result, "experiment.json is damaged", "Remove it")
 
 
+def test_a_base_that_is_needed_only_for_its_scores_is_looked_for_too(tmp_path):
+    path = experiment_file(tmp_path, ("base: tiny_llamba", "base: ./gone"))
+    experiment = run_experiment.read_experiment(path)
+    left = [step for step in run_experiment.plan(experiment) if step.name == "evaluate base"]
+    with pytest.raises(SurgeryError, match=r"base: .*gone is not there"):
+        run_experiment._check_inputs(experiment, left)
+
+
 def test_a_checkpoint_of_many_heads_has_a_short_name(tmp_path):
     path = experiment_file(tmp_path)
     experiment = run_experiment.read_experiment(path)

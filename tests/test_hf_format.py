@@ -101,7 +101,7 @@ def run_without_our_package(python: Path, script: str, *args: object, cwd: Path)
     """Run `script` in a process that cannot import our package. transformers caches folders' code in `cwd`.
 
     Args:
-        python: has imported transformers already, so HF_MODULES_CACHE in the environment would have no effect.
+        python: has imported transformers already, so setting HF_MODULES_CACHE would have no effect.
     """
     set_cache = f"import transformers.dynamic_module_utils as code\ncode.HF_MODULES_CACHE = {str(cwd / 'modules')!r}\n"
     return run_python("-c", WITHOUT_OUR_PACKAGE + set_cache + script, *map(str, args), cwd=cwd, python=python)

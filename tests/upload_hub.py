@@ -1,4 +1,4 @@
-"""A server that takes uploads as ModelScope and Hugging Face do, as much of both as their real clients ask for.
+"""A server that takes uploads as ModelScope and Hugging Face do. It answers the calls of their clients.
 
 It stands for both hubs at once. Large files come to Hugging Face by Xet (chunks in xorbs), or by Git LFS where Xet is
 switched off, and to ModelScope by Git LFS; the rest comes within commits.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.checkpoint.check_graft import GraftPlan, check_parts
 from model_preparation.checkpoint.checkpoint_folder import describe_parent, finish_folder
 from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, TENSOR_DIGESTS, check_format, descent_of
 from model_preparation.checkpoint.graft_parts import GraftParts, find_parts
+from model_preparation.checkpoint.graft_plan import GraftPlan, check_parts
 from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.checkpoint.model_configs import read_generation_config

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.checkpoint.build import build_checkpoint
-from model_preparation.checkpoint.check_graft import GraftPlan
 from model_preparation.checkpoint.checkpoint_info import (
     INFO,
     README,
@@ -21,6 +20,7 @@ from model_preparation.checkpoint.checkpoint_info import (
     read_info_file,
 )
 from model_preparation.checkpoint.extract import extract_layers
+from model_preparation.checkpoint.graft_plan import GraftPlan
 from model_preparation.checkpoint.layer_store import METADATA, LayersOfSeveral, LayerStore
 from model_preparation.checkpoint.model_digests import digest_of_layers, digests_as_recorded
 from model_preparation.errors import SurgeryError

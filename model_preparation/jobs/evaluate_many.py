@@ -13,7 +13,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.jobs.build_many import is_complete
 from model_preparation.jobs.combinations import Combination
-from model_preparation.jobs.jobs import Ended, Job, Runner, outcomes_of, run_in_turn, short
+from model_preparation.jobs.jobs import Ended, Job, Runner, outcomes_of, run_in_turn
+from model_preparation.jobs.process import short
 from model_preparation.jobs.table import table
 
 EVALUATOR = Path(__file__).resolve().parents[1] / "test_checkpoint.py"

@@ -1,18 +1,15 @@
 """Jobs are runs of our commands. This file runs them one after the other; ray_jobs.py runs many at once."""
 
 import shlex
-import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from model_preparation.jobs.process import CommandProcess, Launch
+from model_preparation.jobs.process import CommandProcess, Launch, failure
 
-_REASON_CHARACTERS = 160
 Outcome = TypeVar("Outcome")  # what a command records about an ended job, and prints as a row of its table
 
 
@@ -79,23 +76,3 @@ def outcomes_of(
     for number, ended in run_jobs([each for each in prepared if isinstance(each, Job)]):
         outcomes[indices[number]] = finish(indices[number], ended)
     return [outcomes[index] for index in range(len(prepared))]
-
-
-def failure(code: int, output: str) -> str:
-    """Why a command failed, in one line: its last error line, the signal, or its last line. "" is success."""
-    if code == 0:
-        return ""
-    lines = [line.strip() for line in output.replace("\r", "\n").split("\n") if line.strip()]
-    errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
-    if errors:
-        return short(errors[-1])
-    if code == -signal.SIGKILL:
-        return "it was killed (signal 9); the system does this when memory runs out"
-    if code < 0:
-        return f"it was ended by signal {-code}"
-    return short(f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}")
-
-
-def short(text: str) -> str:
-    """The text in one line, short enough for a table."""
-    return textwrap.shorten(text, _REASON_CHARACTERS, placeholder=" ...")

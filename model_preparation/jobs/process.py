@@ -8,10 +8,12 @@ import codecs
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ _KEPT_CHARACTERS = 64_000  # at the end of the output
 _SILENCE_SECONDS = 0.5  # between two checks of a process that prints nothing
 _CLEAN_UP_SECONDS = 60.0  # for a process to end after SIGTERM
 _REPORT_SECONDS = 1.0  # between two reports of the last printed line
+_REASON_CHARACTERS = 160
 _END_SECONDS = 120.0  # for the process of a lost worker to end
 
 
@@ -116,6 +119,26 @@ class CommandProcess:
         """The last line of `output` that is not blank. Each state of a progress bar counts as a line."""
         lines = [line.strip() for line in self.output[-2000:].replace("\r", "\n").split("\n")]
         return next((line for line in reversed(lines) if line), "")
+
+
+def failure(code: int, output: str) -> str:
+    """Why a command failed, in one line: its last error line, the signal, or its last line. "" is success."""
+    if code == 0:
+        return ""
+    lines = [line.strip() for line in output.replace("\r", "\n").split("\n") if line.strip()]
+    errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
+    if errors:
+        return short(errors[-1])
+    if code == -signal.SIGKILL:
+        return "it was killed (signal 9); the system does this when memory runs out"
+    if code < 0:
+        return f"it was ended by signal {-code}"
+    return short(f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}")
+
+
+def short(text: str) -> str:
+    """The text in one line, short enough for a table."""
+    return textwrap.shorten(text, _REASON_CHARACTERS, placeholder=" ...")
 
 
 class Order(NamedTuple):

@@ -18,8 +18,8 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from model_preparation.devices import OF_JOB
-from model_preparation.jobs.jobs import Ended, Job, failure
-from model_preparation.jobs.process import Launch, Order, carry_out
+from model_preparation.jobs.jobs import Ended, Job
+from model_preparation.jobs.process import Launch, Order, carry_out, failure
 from model_preparation.jobs.ray_cluster import cluster, gpus_per_job, job_variables
 
 _CANCEL_SECONDS = 20.0  # for running jobs to clean up after Ctrl-C

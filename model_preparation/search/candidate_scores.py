@@ -1,7 +1,7 @@
 """The scores of all combinations: the sets of layers or heads (`LayerSet`) that a search method asks for.
 
 Each combination is evaluated once, and the journal keeps the evaluation. A failed evaluation is tried once more, alone.
-If it fails again, the combination has a reason and no score. Races drop bad combinations early (`_race`).
+If it fails again, the combination has a reason and no score. Races drop bad combinations early (race.py).
 """
 
 import time
@@ -13,14 +13,13 @@ import numpy as np
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError, one_line
-from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.io.untrusted.untrusted_files import check_fields
 from model_preparation.search.journal import Journal
 from model_preparation.search.layer_sets import BASE, WHOLE_LAYERS, LayerSet, Units
 from model_preparation.search.objective import Objective, Values
 from model_preparation.search.progress import SearchProgress
-from model_preparation.search.question_rounds import race_rounds
 from model_preparation.search.question_set import QuestionSet
+from model_preparation.search.race import race_rounds, survivors
 from model_preparation.search.settings import ACCURACY, SearchSettings
 from model_preparation.search.shared_scoring import Results
 
@@ -216,11 +215,9 @@ class CandidateScores:
 
     @property
     def dropped(self) -> list[LayerSet]:
-        """The combinations that answered only some questions, the best first.
-
-        A race dropped them, they failed, or the budget ended.
-        """
-        return self.ranked(layers for layers in self._entered if self.is_known(layers) and not self.is_complete(layers))
+        """The combinations that a race dropped, or that were in a race when the budget ended; the best first."""
+        in_race = (each for each in self._entered if self.is_known(each) and not self.is_complete(each))
+        return self.ranked(layers for layers in in_race if layers not in self.failed)
 
     def statistics(self) -> dict[str, Any]:
         """The cost of the search, and what it would have cost if each combination had been evaluated alone."""
@@ -237,25 +234,17 @@ class CandidateScores:
         }
 
     def _race(self, sets: Sequence[LayerSet], keep: int) -> None:
-        """Ask round after round, and drop candidates that are surely worse than the `keep`th best.
-
-        The idea is from Maron and Moore 1997, The Racing Algorithm. The test is `Objective.p_value`, a paired test.
-        """
+        """Ask round after round, and drop candidates that are surely worse than the `keep`th best."""
         alive = list(sets)
         for number in self._all_rounds:
             self._run(alive, [number])
             alive = [layers for layers in alive if layers not in self.failed]
-            if number == self._all_rounds[-1] or len(alive) <= keep:
-                continue
-            seen = {
-                layers: np.concatenate([self._known[layers][before].values for before in range(number + 1)])
-                for layers in alive
-            }
-            alive.sort(key=lambda layers: (-seen[layers].mean(), len(layers), layers))
-            last_kept = seen[alive[keep - 1]]
-            # Bonferroni correction, for all tests that this race may make.
-            limit = SIGNIFICANCE / len(sets) / (len(self._rounds) - 1)
-            alive[keep:] = [each for each in alive[keep:] if self.objective.p_value(last_kept, seen[each]) >= limit]
+            if number < self._all_rounds[-1] and len(alive) > keep:
+                values = {
+                    layers: np.concatenate([self._known[layers][before].values for before in range(number + 1)])
+                    for layers in alive
+                }
+                alive = survivors(values, keep, self.objective, len(sets), len(self._rounds))
 
     def _run(self, sets: Iterable[LayerSet], rounds: Sequence[int]) -> None:
         """Evaluate these combinations in these rounds, where the journal has no answers yet."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from model_preparation.checkpoint.check_graft import GraftPlan
+from model_preparation.checkpoint.graft_plan import GraftPlan
 from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, PickedTensor
 from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer

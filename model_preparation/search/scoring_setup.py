@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_preparation.checkpoint.check_graft import GraftPlan, plan
 from model_preparation.checkpoint.checkpoint_info import read_info
+from model_preparation.checkpoint.graft_plan import GraftPlan, plan
 from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.checkpoint.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.errors import SurgeryError

@@ -4,9 +4,10 @@ In: scenarios, and a folder to run them in. Out: a `Result` per fault. After eve
 
 - The target is unchanged, or whole and new, but never a mix. Where folders cannot be swapped, the old target
   may be in its partial folder.
-- Beside the target is nothing but its partial folder. What was read is unchanged.
+- Beside the target is nothing but its partial folder and the store of base shards.
+- What was read is unchanged.
 - A run that was not killed has failed, or its result is right.
-- The next run, or `remove_abandoned`, leaves nothing behind.
+- The next run, or `remove_abandoned`, removes the partial folder.
 """
 
 import contextlib

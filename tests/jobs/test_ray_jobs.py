@@ -98,7 +98,7 @@ def fork(function: Callable[[], None], log: Path) -> int:
 
 
 def processes_of(gcs: str) -> dict[str, str]:
-    """The command lines of processes of the cluster at this address, by their numbers."""
+    """The command lines of processes of the cluster at this address, by process id."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What accelerate, peft and quantisers do to a model: the same logits, or a sentence."""
+"""Models that accelerate, peft or a quantiser changed: the logits are right, or an error says why not."""
 
 import pytest
 import torch

@@ -5,7 +5,7 @@ import pytest
 
 from model_preparation.search.candidate_scores import BudgetSpent
 from model_preparation.search.journal import Journal
-from model_preparation.search.question_rounds import race_rounds
+from model_preparation.search.race import race_rounds
 from tests.search.planted import PlantedQuestions, PlantedScorer, draw_sets, make_scores, worth
 
 SETS = draw_sets(12)
@@ -112,6 +112,26 @@ def test_in_a_race_the_best_are_those_of_a_full_evaluation_and_less_is_run(tmp_p
     for layers in race.complete:
         assert (race.values(layers) == full.values(layers)).all()
     full.journal.close()
+    race.journal.close()
+
+
+def test_what_fails_in_a_later_round_of_a_race_is_failed_and_not_dropped(tmp_path):
+    sets = draw_sets(40)
+    best = max(sets, key=worth)
+
+    class FailsLater(PlantedScorer):
+        def answer(self, layers, batches):
+            if [each for each, _ in self.run].count(layers) > 1 and layers == best:
+                raise RuntimeError("CUDA error: something. Try again")
+            return super().answer(layers, batches)
+
+    race = make_scores(tmp_path, count=1600, race=True, scorer=FailsLater(PlantedQuestions(1600)))
+    race.evaluate(sets, 3)
+    assert race.questions_asked(best) > 0
+    assert race.failed.keys() == {best}
+    assert race.dropped
+    assert best not in race.dropped
+    assert race.statistics()["dropped_early"] == len(race.dropped)
     race.journal.close()
 
 

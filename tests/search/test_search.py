@@ -157,7 +157,7 @@ def test_nothing_in_the_report_is_wider_than_the_window(exhaustive, tmp_path):
 
 
 def test_a_budget_of_bytes_leaves_out_larger_combinations(exhaustive, make_settings, tmp_path):
-    # A grafted layer takes 128 bytes per token, another one 2048 whatever the length.
+    # A grafted layer takes 128 bytes per token. A Mamba layer takes 2048 bytes at any length.
     lines = []
     few = {"method": "exhaustive", "max_layers": 3, "max_cache_bytes": 2 * 128 * 32 + 2 * 2048, "at_tokens": 32}
     found = search_layers(make_settings(tmp_path / "few", **few), say=lines.append)
@@ -357,7 +357,7 @@ FILTERED = {"filter_list": [{"name": "first", "filter": [{"function": "take_firs
     [(ROLLING, "of whole texts"), (FILTERED, "has filters"), ({}, "no metric acc")],
 )
 def test_tasks_that_cannot_be_taken_are_refused(make_settings, tmp_path, monkeypatch, changes, words):
-    """If the definition shows it, before the data is looked for; also in a group, after a good task."""
+    """If the definition shows the reason, no data is loaded. One bad task in a group is enough."""
     if not changes:
         folder = write_task(tmp_path / "task", "odd", make_questions(3), metric_list=[{"metric": "acc_norm"}])
     else:

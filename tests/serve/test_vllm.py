@@ -234,7 +234,7 @@ TIGHT = {
 def tight_prompts(prompts: list[list[int]], make: Callable) -> list[list[int]]:
     """`prompts`; some prompts that begin alike, twice; and some that outgrow their first block of 128 tokens.
 
-    When they do, three requests have 18 of the 20 blocks.
+    Three such requests hold 18 of the 20 blocks, and then need three more.
 
     Args:
         make: gives prompts of these lengths, from a seed.

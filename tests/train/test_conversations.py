@@ -339,7 +339,7 @@ def test_healing_on_what_the_donor_writes_is_killed_and_ends_with_the_same_bits(
 
 
 class Scripted:
-    """A sampler that draws what is planned, row by row."""
+    """A sampler that draws planned tokens: in each step, the next token of every row."""
 
     def __init__(self, *rows: list[int]):
         self.rows = [*rows, *([0],) * (SEQUENCES_AT_ONCE - len(rows))]

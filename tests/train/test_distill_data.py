@@ -30,7 +30,7 @@ def test_texts_follow_each_other_with_the_end_between_them(tmp_path):
     stream = tokenizer(f"first{END}née{END}second{END}{'third' * 10}{END}")["input_ids"]
     assert tokens.tolist() == [stream[first : first + 5] for first in range(0, len(stream) - 4, 5)]
     assert sum(counted) == len(stream)
-    few = tokens_of_text(files, tokenizer, 5, 12, counted.append)  # no more than is wanted
+    few = tokens_of_text(files, tokenizer, 5, 12, counted.append)  # as few sequences as hold 12 tokens
     assert few.equal(tokens[:3])
 
 

@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState
 
 from model_preparation.checkpoint.checkpoint_folder import describe_parent
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
-from model_preparation.command_line import nearest
 from model_preparation.errors import SurgeryError
+from model_preparation.flags_file import nearest
 from model_preparation.io.complete_folder import check_target
 from model_preparation.io.result_inputs import differences, name_of
 from model_preparation.io.tensors.dtypes import torch_dtype

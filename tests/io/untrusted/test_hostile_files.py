@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import Watch
 from benchmarks.mutations import mutate, unzip, zip_of
 from model_preparation import load_checkpoint
-from model_preparation.checkpoint.check_graft import plan
+from model_preparation.checkpoint.graft_plan import plan
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.errors import SurgeryError
@@ -185,7 +185,7 @@ def test_compressed_entries_are_refused(layers):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        (24, 10**9, "compressed or encrypted"),  # its size alone
+        (24, 10**9, "compressed or encrypted"),  # only the uncompressed size is changed
         (8, 1, "compressed or encrypted"),  # encrypted
         (42, 10**6, "directory"),  # its local header is beyond the file
         (42, 0, "does not start where"),  # its local header is another's
