@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-__version__ = "0.5.2"
+__version__ = "0.5.3"
 
 _LIBRARIES = ("torch", "transformers", "safetensors")
 
