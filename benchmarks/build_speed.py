@@ -45,7 +45,7 @@ RATIOS = {
     "build without imports / the faster of cp and dd (goal: 1.25, from 3 GB on)": lambda s: (
         (s["build"] - s["all imports"]) / min(s["cp"], s["dd"])
     ),
-    "build / (1.25 x the faster of cp and dd, and import torch) (goal: 1)": lambda s: (
+    "build / (1.25 x the faster of cp and dd + import torch) (goal: 1)": lambda s: (
         s["build"] / (1.25 * min(s["cp"], s["dd"]) + s["import torch"])
     ),
     "build / cp": lambda s: s["build"] / s["cp"],

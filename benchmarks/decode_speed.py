@@ -85,6 +85,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if args.tokens < ROUNDS or args.tokens % ROUNDS:
+        parser.error(f"--tokens is {args.tokens}; a multiple of {ROUNDS} is needed")
+    if max(args.contexts) < SEGMENT + args.tokens:
+        parser.error(f"the longest of --contexts must be at least {SEGMENT + args.tokens}, to time a whole segment")
     torch.set_num_threads(args.threads)
     donor = load_donor(args.donor).to(getattr(torch, args.dtype))
     limit = donor.config.max_position_embeddings

@@ -239,7 +239,9 @@ def main() -> None:
     parser.add_argument("--max_heads", type=int, default=6, metavar="N")
     parser.add_argument("--beam_width", type=int, default=2, metavar="N")
     parser.add_argument("--parts", nargs="+", choices=("sets", "rules"), default=["sets", "rules"])
-    parser.add_argument("--output", type=Path, required=True, metavar="NAME", help="write NAME.json and NAME.png")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="NAME", help="write NAME.json, and NAME.png for the part sets"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     pair = Pair(args.donor, args.base)
@@ -319,7 +321,7 @@ def print_table(rows: Sequence[dict]) -> None:
 
 
 def draw(found: dict, path: Path) -> None:
-    """Draw a dot for every set in "all sets", and a line through the best set of each size on other questions."""
+    """Draw a dot for every set in "all sets", and a line through the reported scores of the best sets."""
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
     colours = {"layers": "#cc6677", "heads": "#4477aa"}

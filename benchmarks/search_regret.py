@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--long_limit", type=int, default=30, help="questions of each length")
     parser.add_argument("--output_dir", type=Path, required=True, help="a folder that does not exist yet")
     args = parser.parse_args()
+    if args.output_dir.exists():
+        parser.error(f"{args.output_dir} exists, and its results would be used again. Name a new folder")
     args.output_dir.mkdir(parents=True)
     torch.set_num_threads(1)
     layers = args.output_dir / "donor_layers"

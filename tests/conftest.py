@@ -68,14 +68,16 @@ LONGEST = (
 )
 
 
-# Names the test functions that take longer than SLOW_SECONDS for all their parameters, one a line.
+# Names, one a line, the test functions that take longer than SLOW_SECONDS for all their parameters together.
 # All tests that need `put_python` are slow too.
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
 SLOW_SECONDS = 0.3
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help=f"leave out the tests that {SLOW_TESTS.name} names")
+    parser.addoption(
+        "--quick", action="store_true", help=f"omit tests in {SLOW_TESTS.name} and all that need put_python"
+    )
     parser.addoption(
         "--note_slow_tests", action="store_true", help=f"write {SLOW_TESTS.name} anew; with --quick, add to it"
     )

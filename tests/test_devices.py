@@ -16,7 +16,8 @@ from model_preparation.jobs import ray_cluster, ray_jobs, ray_scoring
 from model_preparation.jobs.jobs import Job
 from model_preparation.search.settings import SearchSettings
 from model_preparation.train.heal.settings import HealSettings
-from model_preparation.train.heal.training_arguments import StepSize, training_arguments
+from model_preparation.train.heal.step_size import StepSize
+from model_preparation.train.heal.training_arguments import training_arguments
 
 
 @pytest.fixture

@@ -394,7 +394,7 @@ def test_donor_and_base_write_beside_the_checkpoint(command, checkpoint_dir, don
     rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     assert {row["model"]: row["new_ids"] for row in rows} == ids
     assert [row["source"] for row in rows] == [str(checkpoint_dir), str(donor_dir), str(base_dir)]
-    table = out[out.index("Side by side Hello") :]
+    table = out[out.index("Prompt       Hello") :]
     for name in ids:
         assert side_by_side(name, tokenizer, ids[name]) in table
     for name in ("donor", "base"):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-_DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # in Cartesia's configs of Llamba, in transformers' configs
+_DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # Cartesia's name, for a Llamba; transformers' name
 
 
 def type_and_depth(folder: Path) -> tuple[str, int]:

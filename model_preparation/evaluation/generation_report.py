@@ -250,7 +250,7 @@ def print_side_by_side(prompts: Sequence[str], columns: Sequence[Column], consol
             console.print()
             console.print(table)
             continue
-        lines = [("Side by side", prompt)]
+        lines = [("Prompt", prompt)]
         for row in rows:
             for name, (text, remark) in zip(names, row, strict=True):
                 lines += [(name, text.strip())] * bool(text or remark) + [("", f"({remark})")] * bool(remark)

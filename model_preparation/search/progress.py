@@ -1,4 +1,4 @@
-"""The progress of a search: on a terminal one line that is redrawn, in a log a line every ten seconds."""
+"""The progress of a search: on a terminal one line that is redrawn, in a log at most a line every ten seconds."""
 
 import contextlib
 import time
@@ -14,7 +14,7 @@ _COUNT = "{task.completed:.0f}/{task.total:.0f} evaluations{task.fields[note]}"
 
 
 class SearchProgress:
-    """Shows the progress inside its `with` block, and nothing outside of the block."""
+    """Shows how many combinations are evaluated. On a terminal, it does so inside its `with` block only."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -47,7 +47,10 @@ class SearchProgress:
         self._progress.update(self._row, description="Searching")
 
     def evaluated(self, done: int, saved: float, best: tuple[str, float] | None) -> None:
-        """Show how many combinations are evaluated, the share of layer passes saved, and the best with its fitness."""
+        """Show how many combinations are evaluated, how much was saved, and the best combination with its fitness.
+
+        `saved` is the share of layer runs that were not needed, because combinations share layers.
+        """
         note = f", {saved:.0%} of the layer passes saved"
         if best is not None:
             note += f", best {best[1]:.4f} ({best[0]})"

@@ -67,7 +67,10 @@ class BatchResult(NamedTuple):
 
 @dataclass
 class _Task:
-    """A task's requests: as lm-eval makes them (`instances`), and as tokens, as `QuestionSet.tokens` returns them."""
+    """A task's requests: `instances` are lm-eval's objects, `tokens` are as `QuestionSet.tokens` returns them.
+
+    If the task generates text, each request asks for the likelihood of the right answer instead.
+    """
 
     name: str
     task: Any
@@ -95,7 +98,7 @@ class QuestionSet:
     Args:
         lm: makes tokens and batches; its model does not run.
         loaded: the tasks.
-        settings: as `settings_of` returns them, with `device`.
+        settings: what `settings_of` in evaluation/evaluate.py returns, and `device`.
         objective: the search's objective; `nll` needs the right answers.
 
     Attributes:
@@ -318,7 +321,7 @@ def _check_config(config: TaskConfig) -> None:
 
 
 def _check_task(name: str, task: Any, instances: Sequence[Instance]) -> None:
-    """Refuse a task if its score is not the mean of its questions' acc."""
+    """Refuse a task that repeats questions, has filters, or has no acc. A task that generates needs no acc."""
     _check_config(task.config)
     if any(instance.repeats != 1 for instance in instances):
         raise _refusal(name, "asks each question several times (repeats)")

@@ -136,9 +136,9 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
 
 
 def _end_with_parent() -> None:
-    """Let this process get SIGTERM when its parent is killed (on Linux).
+    """On Linux, let this process get SIGTERM when its parent is killed.
 
-    SIGKILL would leave vLLM's engine running.
+    With SIGTERM, vLLM's server ends its engine. With SIGKILL, it could not.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -42,7 +42,7 @@ one of them likes. The training texts never had this person with this thing. Ran
 _DONOR = "A Llama that looks things up in its context: the donor of a pair that comes with `model_preparation`."
 _DONOR_MADE = """\
 Trained from nothing for {steps:,} steps of AdamW at {rate}. Each step has {batch} texts, with a loss where a text says
-something for the second time. It also has {batch} rows of names, or of things, in a random order that repeats after 4
+something again. It also has {batch} rows of names, or of things, in a random order that repeats after 4
 to 20 words. Without these rows the model stays at chance for thousands of steps. Seed {seed}."""
 _BASE = "A Llamba (Mamba-2) that cannot look things up well: the base of a pair that comes with `model_preparation`."
 _BASE_MADE = """\

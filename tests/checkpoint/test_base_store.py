@@ -215,7 +215,7 @@ def test_where_nothing_can_be_shared_the_files_are_written(checkpoints, monkeypa
 
 
 def test_a_failure_leaves_no_half_file(checkpoints, monkeypatch, written):
-    """Each of six fsyncs fails in turn: for two shards, those of shard, record and folder."""
+    """Each of the two shards needs three fsyncs: shard, record and folder. Each of the six fails in turn."""
     sync = os.fsync
     for number in range(6):
         calls = []

@@ -89,7 +89,7 @@ def make_donor_of(kind, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """By kind a folder with donor, base, layers, and checkpoints of all layers, `pt` and `hf`."""
+    """For each kind, a folder with donor, base, layers. Checkpoints `pt` and `hf` have all layers grafted."""
     root = tmp_path_factory.mktemp("kinds")
     for kind in KINDS.values():
         folder = root / kind.model_type

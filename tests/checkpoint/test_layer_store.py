@@ -342,7 +342,7 @@ def test_bad_donors(donor_dir, tmp_path):
 
 
 def test_help_comes_before_torch():
-    """In a second: --help must not wait for the heavy imports."""
+    """--help must not wait for the heavy imports, which take seconds."""
     result = run_fresh_command("extract_layers", "--help", PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0
     assert "--output_dir" in result.stdout

@@ -1,4 +1,4 @@
-"""get_model_modelscope as the checkpoint guide uses it, on tiny models in local folders."""
+"""get_model_modelscope as the guide of the first scripts calls it, on tiny models in local folders."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_a_named_llamba_comes_with_its_mixer_heads_and_llamas_tokenizer(tmp_path
     monkeypatch.setenv("MODEL_PREPARATION_LLAMA", str(write_tokenizer(tmp_path / "llama")))
     model, tokenizer, num_heads, head_dim = get_model_modelscope("unaligned_llamba")
     assert isinstance(model, LlambaForCausalLM)
-    assert (num_heads, head_dim) == (4, 16)  # 2 x 32 wide
+    assert (num_heads, head_dim) == (4, 16)  # together 64 wide: expand 2 x d_model 32
     inputs = tokenizer("hello world", return_tensors="pt")
     assert model(input_ids=inputs["input_ids"]).logits.shape == (1, 2, 4)
 

@@ -48,7 +48,7 @@ def test_checkpoints_take_the_room_of_one_and_their_deltas(pair, sharing_disk):
         weight_bytes = max(weight_bytes, 4 * info["parameters"])
         delta_bytes += sum(os.path.getsize(layers_dir / f"layer_{layer:02d}.pt") for layer in layers)
     taken_bytes = used_bytes(sharing_disk) - before
-    slack_bytes = 5 * 500_000  # tokenizers, pickles, gaps, the last part of each tensor; the system's own tables
+    slack_bytes = 5 * 500_000  # tokenizers, pickles, gaps, the last part of each tensor; file system tables
     assert taken_bytes < weight_bytes + delta_bytes + slack_bytes
     assert taken_bytes < 0.4 * logical_bytes
     for layers in (combinations[0], combinations[-1]):

@@ -1,7 +1,7 @@
 """Where models come from: names, folders and hub ids become complete local folders, or one clear error.
 
-The hubs' real clients run throughout: against caches laid out as they lay them out, against a small server that speaks
-enough of both hubs' protocols, and against ports where nobody listens.
+The hubs' real clients run in all tests. They find caches with the layout that they use, a small server that speaks
+enough of both hubs' protocols, or ports where nobody listens.
 """
 
 import argparse

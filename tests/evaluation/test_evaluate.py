@@ -72,7 +72,7 @@ def part(checkpoint_dir, mmlu, tmp_path_factory) -> dict:
 
 
 def killed_after(records: int, monkeypatch, checkpoint: Path, mmlu: Path) -> None:
-    """Evaluate PART in a process that is killed before it keeps the answers to one more subject, or its results."""
+    """Evaluate PART in a process that is killed after it has kept the answers to `records` subjects."""
     child = os.fork()
     if child == 0:
         kept, keep = [], ResultsFolder.keep_record
@@ -224,7 +224,7 @@ def test_a_score_of_fewer_questions_does_not_replace_one_of_more(evaluated, mmlu
 
 
 def change(folder: Path, what: str) -> None:
-    """Put other contents, of the same size, into the place of one of the files that decide on a score."""
+    """Put other contents into the place of one of the files that decide on a score."""
     if what == "tokenizer":
         path = folder / "tokenizer" / "tokenizer.json"
         content = json.loads(path.read_text())

@@ -48,7 +48,7 @@ def test_a_terminal_gets_columns():
 
 def test_a_pipe_gets_lines():
     assert shown() == (
-        "\nSide by side Prompt [1]\ncheckpoint   [bold]one\ndonor        two \\x1b[31mred\n"
+        "\nPrompt       Prompt [1]\ncheckpoint   [bold]one\ndonor        two \\x1b[31mred\n"
         "             (first differing token: 1)\n"
-        "\nSide by side Next\ncheckpoint   first\n             second\ndonor        failed: no text\n"
+        "\nPrompt       Next\ncheckpoint   first\n             second\ndonor        failed: no text\n"
     )

@@ -118,7 +118,7 @@ def test_rolling_answers_are_stock_s():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_generated_answers_are_stock_s(name, monkeypatch):
-    """Of prompts of unequal lengths, some equal; with one stop sequence, several and none."""
+    """Prompts of unequal lengths, and one prompt twice; with one stop sequence, several and none."""
     model = MODELS[name]
     stock, ours = HFLM(pretrained=model, tokenizer=make_tokenizer()), ScoringLM(model, make_tokenizer(), "auto")
     prompts = ["A text", "A text", *(context for context, _ in questions("Once ", 3)[::4]), "x" * 40]

@@ -63,7 +63,7 @@ class FileSystem:
 
     Attributes:
         in_order: changes of names keep their order.
-        losses: what may be left of content that was not synced; see `Disk._content`.
+        losses: what may be left of content that was not synced; see `Disk._left`.
         grows_first: a file may get longer before the bytes are there.
     """
 

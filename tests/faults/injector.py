@@ -147,8 +147,9 @@ def load_shim(folder: Path) -> ctypes.CDLL:
 class Injector:
     """Runs `function` any number of times in forked processes, counting its calls on what is in `folder`.
 
-    After `prepare`, one process does what comes before the first such call once, and every run is forked from there:
-    the folder must then be the same before each run. (If it has started threads by then, every run starts anew.)
+    After `prepare`, one process runs `function` up to the first such call. Every run is forked from there,
+    so the folder must be the same before each run. (If the process has started threads by then, every run
+    starts anew.)
 
     Args:
         no_exchange, no_locks: whether the file system acts as if it could not swap two folders, or lock.
@@ -226,7 +227,7 @@ class Injector:
         return outcome, notes
 
     def _order(self, order: tuple[int, int]) -> int | None:
-        """The exit status of a run by the server; None if there is none, or it cannot serve."""
+        """The exit status of a run by the server; None if there is no server, or it cannot serve."""
         if self._server is None:
             return None
         with contextlib.suppress(BrokenPipeError):

@@ -45,7 +45,7 @@ class Work:
 
 
 def _material(models: Models) -> Path:
-    """The folder of what is read beside the models."""
+    """The folder of what the works read in addition to the models."""
     folder = models.folder.with_name("material")
     folder.mkdir(exist_ok=True)
     return folder

@@ -32,7 +32,8 @@ class Result:
     """What one cut did.
 
     Attributes:
-        found: of a folder "old" (or absent, if it was), "new", "aside" or "mixed"; of a work "".
+        found: of a folder "old" (as before; absent, if it was absent before), "new", "aside" or "mixed".
+            Of a work "".
         again: whether the same command was run again.
         violations: what should not be, in words.
     """

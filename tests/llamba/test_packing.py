@@ -50,7 +50,10 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=2, max_size=5)
 @settings(max_examples=15, deadline=None)
 @torch.no_grad()
 def test_each_document_is_as_if_alone(name, lengths, data):
-    """Beside another row with other documents, over padding anywhere, in pieces of any lengths through a cache."""
+    """There is a second row with other documents. Padding may be anywhere between tokens.
+
+    The rows may also be given in pieces, with a cache.
+    """
     model = MODELS[name]
     tokens = sum(lengths)
     rows = [documents(lengths), documents(data.draw(st.permutations(lengths)), seed=1)]
@@ -70,7 +73,8 @@ def test_each_document_is_as_if_alone(name, lengths, data):
         given_mask = {"attention_mask": mask[:, :end]} if with_padding else {}
         places = positions[:, start:end]
         logits.append(model(ids[:, start:end], position_ids=places, **{CACHE_NAME: cache}, **given_mask).logits)
-    # The norms compute in float32: a last bit of float64 may become one of float32. "eager" is in float32 as a whole.
+    # The norms compute in float32: a change of the last bit in float64 may become a change of the last bit in float32.
+    # "eager" is in float32 as a whole.
     tolerance = 1e-4 if name == "eager" else 1e-6
     for row, found in enumerate(torch.cat(logits, 1)):
         torch.testing.assert_close(found[mask[row].bool()], wanted[row], rtol=tolerance, atol=tolerance)
@@ -79,7 +83,7 @@ def test_each_document_is_as_if_alone(name, lengths, data):
 @on_devices
 @pytest.mark.parametrize("name", MODELS)
 def test_float32_and_gradients(name, device, monkeypatch):
-    """Over the borders of chunks, and of the blocks that a mixer computes at once."""
+    """Documents cross the borders of the scan's chunks, and of the blocks of tokens that a mixer computes at once."""
     monkeypatch.setattr(mixer_module, "BLOCK_TOKENS", 32)
     texts = [text.to(device) for text in documents([5, 70, 1, 2, 41])]
     ids, positions = (each.to(device) for each in packed(texts))

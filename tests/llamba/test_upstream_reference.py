@@ -1,7 +1,8 @@
 """Agreement with upstream's own implementation, on reference files that are not part of the repository.
 
-Set LLAMBA_REFERENCE to a folder with `base/` and `hybrid/` (config.json, pytorch_model.bin, inputs.pt, logits.pt,
-greedy.pt, meta.json; `hybrid/donor` and `hybrid/donor_v4config`, each a Llama) and `state_dict_shapes.json`.
+Set LLAMBA_REFERENCE to a folder with `base/`, `hybrid/` and `state_dict_shapes.json`. `base/` and `hybrid/` each have
+config.json, pytorch_model.bin, inputs.pt, logits.pt, greedy.pt and meta.json. `hybrid/` also has two Llamas, `donor/`
+and `donor_v4config/`.
 Without LLAMBA_REFERENCE these tests are skipped.
 """
 

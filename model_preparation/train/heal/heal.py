@@ -37,13 +37,8 @@ from model_preparation.train.heal.run import Run, begin_or_resume, in_memory
 from model_preparation.train.heal.self_conversations import FOLDER
 from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import PATHS, HealSettings
-from model_preparation.train.heal.training_arguments import (
-    StepSize,
-    check_tracker,
-    milestones_here,
-    step_size,
-    training_arguments,
-)
+from model_preparation.train.heal.step_size import StepSize, milestones_here, step_size
+from model_preparation.train.heal.training_arguments import check_tracker, training_arguments
 
 
 def heal_checkpoint(
@@ -87,7 +82,8 @@ def heal_checkpoint(
         given: fields of `HealSettings` that replace those of `settings`.
 
     Raises:
-        SurgeryError: for any problem that the user can solve, such as a damaged state, other data, or a full disk.
+        SurgeryError: for any problem that the user can solve, such as a damaged state, data that are not the resumed
+            run's, or a full disk.
         KeyboardInterrupt, SystemExit: if the user stopped the run, after its state was saved.
     """
     given = ({} if settings is None else settings.as_dict()) | given

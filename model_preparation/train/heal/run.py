@@ -43,9 +43,9 @@ from model_preparation.train.heal.resume_state import (
 from model_preparation.train.heal.self_conversations import write_conversations
 from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
+from model_preparation.train.heal.step_size import step_size
 from model_preparation.train.heal.teacher_cache import TeacherCache, recorded_teacher
 from model_preparation.train.heal.trained_layers import trained_layers
-from model_preparation.train.heal.training_arguments import step_size
 
 Say = Callable[..., None]
 

@@ -206,7 +206,7 @@ def test_a_real_difference_is_called_one_and_in_the_right_direction(copy):
     assert row_of(better, "quiz").differences[0].verdict == "better"
     assert row_of(worse, "quiz").differences[0].verdict == "worse"
     assert row_of(better, "quiz").differences[0].p_value == pytest.approx(2 / 2**34)
-    # 5 of 5: p = 0.0625 by itself already.
+    # Even for 5 of 5 questions, p is 0.0625 before Holm's adjustment.
     assert row_of(better, "quiz_grammar").differences[0].verdict == "not distinguishable"
     # Samples and results do not belong together any more, and that is said.
     assert any("lm-eval's own score of quiz is" in note for note in better.notes)

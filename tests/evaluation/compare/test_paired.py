@@ -42,7 +42,7 @@ def test_bootstrap_means_have_the_distribution_of_all_resamples_of_one_question_
     assert set(means.round(9)) == set(np.round(every, 9))
     for value in set(np.round(every, 9)):
         assert np.mean(means.round(9) == value) == pytest.approx(np.mean(np.round(every, 9) == value), abs=0.005)
-    # That is why one less: the variance is that of a mean of independent questions, whatever their number.
+    # With n - 1 draws, the variance is that of the mean of n independent questions, for any n.
     assert means.var() == pytest.approx(values.var(ddof=1) / len(values), rel=0.02)
 
 
@@ -56,7 +56,7 @@ def test_strata_are_weighted_by_their_size_and_vary_independently():
     means = [bootstrap_means(each, 40_000, np.random.default_rng([2, index])) for index, each in enumerate(strata)]
     low, high = stratified_interval(means, sizes)
 
-    # By the central limit theorem; the grid of possible means is 1/400 wide.
+    # By the central limit theorem. Possible means are about 1/400 apart.
     assert low == pytest.approx(mean - 1.96 * spread, abs=0.003)
     assert high == pytest.approx(mean + 1.96 * spread, abs=0.003)
 
@@ -90,7 +90,7 @@ def test_single_questions_have_no_standard_error():
 @settings(max_examples=50)
 @given(st.lists(st.one_of(st.floats(0, 1), st.just(0.01)), max_size=6))
 def test_holm_is_the_closure_of_bonferroni(p_values):
-    """Independently: an adjusted p-value is the largest Bonferroni one over all sets of tests that it is in."""
+    """An adjusted p-value is the largest Bonferroni p-value of all sets of tests that contain its test."""
 
     def bonferroni(chosen):
         return min(1.0, len(chosen) * min(p_values[index] for index in chosen))
