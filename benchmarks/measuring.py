@@ -45,7 +45,10 @@ def timed_copies(paths: Iterable[Path], target: Path, *, warm: bool) -> float:
 
 
 def timed_raw(sizes: Iterable[int], target: Path) -> float:
-    """Seconds that `dd` takes to write files of these sizes past the page cache, all at once, and to sync them."""
+    """Seconds that `dd` takes to write files past the page cache, all at once, and to sync them.
+
+    The sizes are rounded down to multiples of 4 MiB.
+    """
     started = time.perf_counter()
     writers = []
     for number, size_bytes in enumerate(sizes):

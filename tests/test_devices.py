@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 from model_preparation.devices import choose_device
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs import ray_cluster, ray_jobs, ray_scoring
+from model_preparation.jobs import ray_gpus, ray_jobs, ray_scoring
 from model_preparation.jobs.jobs import Job
 from model_preparation.search.settings import SearchSettings
 from model_preparation.train.heal.settings import HealSettings
@@ -117,7 +117,7 @@ def test_the_jobs_of_a_cluster_are_given_what_the_flag_says(capsys, tmp_path, gp
     resources = {"CPU": 4, **({"GPU": gpus} if gpus else {})}
     machine = {"Alive": True, "Resources": resources}
     cluster = SimpleNamespace(cluster_resources=lambda: resources, nodes=lambda: [machine])
-    assert ray_cluster.gpus_per_job(cluster, device, 1) == found
+    assert ray_gpus.gpus_per_job(cluster, device, 1) == found
     assert capsys.readouterr().out == f"Device       {told}\n"
     order = ray_jobs._order(Job("name", tmp_path / "script.py", ()), {}, with_gpu=found > 0)
     assert order.launch.variables["MODEL_PREPARATION_DEVICE"] == ("cuda" if found else "cpu")
@@ -126,14 +126,14 @@ def test_the_jobs_of_a_cluster_are_given_what_the_flag_says(capsys, tmp_path, gp
 def test_a_gpu_that_the_cluster_lacks_is_refused():
     cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 4})
     with pytest.raises(SurgeryError, match="--device cuda is given, but the Ray cluster has no GPU"):
-        ray_cluster.gpus_per_job(cluster, "cuda", 1)
+        ray_gpus.gpus_per_job(cluster, "cuda", 1)
 
 
 def test_jobs_that_no_machine_can_take_are_refused():
     machine = {"Alive": True, "Resources": {"CPU": 4}}
     cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 8}, nodes=lambda: [machine, machine])
     with pytest.raises(SurgeryError, match=r"needs 5 CPUs and 0 GPUs of one machine.*Give a smaller --cpus_per_job"):
-        ray_cluster.gpus_per_job(cluster, None, 5)
+        ray_gpus.gpus_per_job(cluster, None, 5)
 
 
 @pytest.fixture

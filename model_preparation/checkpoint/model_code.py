@@ -172,7 +172,7 @@ def _unfinished_evaluations(directory: Path) -> Iterator[Path]:
 
 
 def _share_tree(source: Path, target: Path) -> None:
-    """Fill the folder `target` with links to the files in `source`, except unfinished ones."""
+    """Fill the folder `target` with links to the files in `source`. Skip unfinished folders (NAME.partial)."""
     for path in source.iterdir():
         new = target / path.name
         if path.is_symlink():

@@ -1,7 +1,7 @@
 """Builds a checkpoint again from its checkpoint_info.json, and compares the new files with the recorded digests.
 
 checkpoint_info.json is the recipe: it names base, donor and layers, and has the digest of every file, in a few
-kilobytes. Base, donor and recipe are enough to make most checkpoints. `needs_parent` names the others.
+kilobytes. Base, donor and recipe are enough to make most checkpoints. `needs_parent` says when they are not.
 """
 
 import tempfile

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from model_preparation.devices import OF_JOB
 from model_preparation.jobs.jobs import Ended, Job
 from model_preparation.jobs.process import Launch, Order, carry_out, failure
-from model_preparation.jobs.ray_cluster import cluster, gpus_per_job, job_variables
+from model_preparation.jobs.ray_cluster import cluster, job_variables
+from model_preparation.jobs.ray_gpus import gpus_per_job
 
 _CANCEL_SECONDS = 20.0  # for running jobs to clean up after Ctrl-C
 _LOST = ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError", "LocalRayletDiedError", "ObjectLostError")

@@ -15,7 +15,8 @@ from typing import Any
 
 from model_preparation.devices import choose_device
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs.ray_cluster import cluster, gpus_per_job, job_variables
+from model_preparation.jobs.ray_cluster import cluster, job_variables
+from model_preparation.jobs.ray_gpus import gpus_per_job
 from model_preparation.search.layer_sets import LayerSet
 from model_preparation.search.question_set import Batch
 from model_preparation.search.scoring_setup import ScoringSetup

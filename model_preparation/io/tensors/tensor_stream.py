@@ -1,4 +1,4 @@
-"""Appends tensors' bytes to files. Every source block is read once; other threads hash and write it."""
+"""Appends tensors' bytes to files. Every source block is read once; other threads compute its SHA-256 and write it."""
 
 import collections
 import contextlib
