@@ -1,12 +1,13 @@
 """How long building a checkpoint and extracting layers take, against cp and dd of as many bytes, and against torch.
 
-Prints seconds, peak resident memory and ratios, medians over --runs. Each ratio compares two figures of one run. Base
-and layers hold random numbers in bfloat16. All written files are synced. The script extracts all layers of the base. dd
-shows the speed of the disk: it writes as many zeros past the page cache, both files at once. A process that only
-imports shows how long the imports take. With --cache warm, the files to read are in the page cache, as far as memory
-holds them. With cold, the script first drops them from the page cache. The first run reads the base for its digests.
-Later runs take the digests from the user's cache. Processor seconds count all threads. Other work on the machine hardly
-changes them.
+Prints medians over --runs of seconds and ratios, and the highest peak of resident memory. Each ratio
+compares figures of one run. Base and layers hold random numbers in bfloat16. All written files are synced.
+The script extracts all layers of the base. dd shows the speed of the disk: it writes as many zeros past the
+page cache, into two files at once, as a build does. A process that only imports shows how long the imports
+take. With --cache warm, the files to read are in the page cache, as far as memory holds them. With cold, the
+script first drops them from the page cache. The first run reads the base for its digests. Later runs take the
+digests from the user's cache. Processor seconds count all threads. Other work on the machine hardly changes
+them.
 
     python benchmarks/build_speed.py --folder /mnt/scratch --shape half
 """
@@ -108,7 +109,7 @@ def main() -> None:
     remove(copy)
 
     print(f"\n{args.shape}, {args.cache}: built {sizes['']:.2f} GB, extracted {sizes[' of layers']:.2f} GB")
-    print(f"medians of {args.runs}:")
+    print(f"medians of {args.runs}, and the highest peaks:")
     for name in runs[0]:
         peak = f"{peaks[name]:6.2f} GB resident" if name in peaks else ""
         print(f"  {name:<30} {statistics.median(run[name] for run in runs):7.1f} s {peak}")

@@ -1,11 +1,12 @@
 """How the time to decode a token grows with the context: a base, a graft and the donor in one run.
 
-All models have the shape of SmolLM2-135M with random weights, or the shape and weights of the Llama in --donor. Each
-model reads the context into one cache, segment by segment (prefill, with its own times). The last --tokens tokens of
-each length are decoded greedily, in rounds that alternate between the models. Prints ms per token (medians), the growth
-per 1,000 tokens of context (least squares), the bytes of each cache, and ratios. The state of a Mamba layer has a fixed
-size. So the base's time per token should not grow. The graft's growth should be the donor's growth times the graft's
-share of the attention layers.
+All models have the shape of SmolLM2-135M and random weights. With --donor, they have the shape of that Llama.
+Then the donor, the grafted layers and all embeddings have that Llama's weights. Each model reads the context into
+a cache of its own, segment by segment (prefill, with its own times). The last --tokens tokens of each length are
+decoded greedily, in rounds that alternate between the models. Prints ms per token (medians), the growth per 1,000
+tokens of context (least squares), the bytes of each cache, and ratios. The state of a Mamba layer has a fixed
+size. So the base's time per token should not grow. The graft's growth should be the donor's growth times the
+graft's share of the attention layers.
 
     python benchmarks/decode_speed.py --donor local_models/smollm2
 """

@@ -1,4 +1,4 @@
-"""Perplexity of a donor, of a base distilled from the donor, and of this base with its worst layers replaced.
+"""Perplexity of a donor, of a base before and after distillation, and with the base's worst layers replaced.
 
 The worst layers are those with the largest error on held-out tokens (distillation.json). The script builds checkpoints
 by create_replaced_model_checkpoint.py. It measures on two texts: one that the donor writes with a seed that no training

@@ -200,7 +200,7 @@ def part_tests(args: argparse.Namespace) -> Iterator[Row]:
 
 @torch.no_grad()
 def part_correct(args: argparse.Namespace) -> Iterator[Row]:
-    """Logits and tokens against the CPU in float32, and each other way to run a prompt against the plain way."""
+    """Logits against the CPU in float32; other ways to run a prompt, against the plain way; and the scan."""
     lost = {}
     for name in ("donor", "base", "graft"):
         on_cpu = make(name, "tiny", "cpu", torch.float32)
@@ -414,7 +414,7 @@ def captured(model: Any, first: torch.Tensor, cache: Any) -> tuple[Callable[[], 
 
 @contextmanager
 def compiled(backend: str) -> Iterator[None]:
-    """Inside the block, the parts of a layer that use no cache are compiled, once for all layers."""
+    """Inside the block, mixers without their cache, MLPs and norms are compiled, once for all layers."""
     with ExitStack() as stack:
         for kind, method in ((LlambaMixer, "_mix"), (LlamaMLP, "forward"), (LlamaRMSNorm, "forward")):
             stack.enter_context(
@@ -529,7 +529,7 @@ def part_scores(args: argparse.Namespace) -> Iterator[Row]:
 
 @torch.inference_mode()
 def part_search(args: argparse.Namespace) -> Iterator[Row]:
-    """The cost of a search's candidate, with layers shared and alone; and the hours of a genetic search."""
+    """The cost of a candidate that shares layers, and of one that runs alone. The hours of a genetic search."""
     if importlib.util.find_spec("lm_eval") is None:
         yield row("lm_eval is not installed", 0, "")
         return

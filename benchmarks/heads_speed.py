@@ -74,7 +74,7 @@ class Variant:
         return self.module(hidden, cache=cache, of_heads=of_heads if self.heads else None)
 
     def cache_of(self, context: int) -> LlambaCache:
-        """A cache of `context` tokens, with random keys and values. Two real tokens make the states."""
+        """A cache of `context` tokens, with random keys and values. Two random tokens make the states."""
         cache = LlambaCache(self.config)
         self.run(torch.randn(1, 2, self.config.d_model, dtype=self.dtype), 0, cache)
         layer = cache.layers[0]

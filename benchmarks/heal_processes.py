@@ -1,6 +1,7 @@
-"""Whether another number of processes changes the held-out loss of healing: two all the time, against two, one, two.
+"""Whether the held-out loss of healing changes if the number of processes changes during the healing.
 
-The change is compared with the standard deviation over seeds of data order and dropout.
+Healing with two processes is compared with healing with two, then one, then two processes. The change of the
+loss is compared with the standard deviation over seeds of data order and dropout.
 
     python benchmarks/heal_processes.py --seeds 10
 """

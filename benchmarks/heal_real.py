@@ -40,7 +40,7 @@ def main() -> None:
         parser.add_argument(name, type=Path, required=True, metavar="DIR")
     parser.add_argument("--layers", type=int, nargs="+", default=[20, 23, 24, 28], metavar="N", help="to graft")
     parser.add_argument(
-        "--files", type=int, default=3, metavar="N", help="of text, with 16,384 tokens each (default: 3)"
+        "--files", type=int, default=3, metavar="N", help="training files, of 16,384 tokens each (default: 3)"
     )
     parser.add_argument("--max_steps", type=int, default=220, metavar="N", help="steps of healing (default: 220)")
     args = parser.parse_args()
@@ -77,7 +77,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def losses_of(model, tokens: torch.Tensor) -> torch.Tensor:
-    """The loss of each of (sequences, length) tokens, in nats per token: (sequences,) float32."""
+    """The mean loss of each row of `tokens` (sequences, length), in nats per token: (sequences,) float32."""
     logits = (model(row[None]).logits[0, :-1].float() for row in tokens)
     return torch.stack([F.cross_entropy(given, row[1:]) for given, row in zip(logits, tokens, strict=True)])
 

@@ -1,9 +1,10 @@
 """The speed of LlambaMixer on a CPU, against transformers' Mamba2Mixer, a Llama layer, and its own two projections.
 
-At each size, all modules have the same width and heads of 64. The mixers have the same state size (64), and the blocks
-the same MLP width. Weights are random, and there are no gradients. The modules run in turns in one process, and their
-medians are compared. Mamba2Mixer runs its PyTorch path, with as many groups as heads and no activation after the
-convolution. So both projections and the convolution have the same shapes as in a Llamba.
+At each size, all modules have the same width and heads of 64. Both mixers have the state size 64. The Llama
+layer and the Mamba block have the same MLP width. Weights are random, and there are no gradients. The modules
+run in turns in one process, and their medians are compared. Mamba2Mixer runs its PyTorch path, with as many
+groups as heads and no activation after the convolution. So both projections and the convolution have the same
+shapes as in a Llamba.
 The projections alone (in_proj, then out_proj) are the floor. A Llama layer is compared with the whole block (mixer and
 MLP). A decode step is one token for each row of the batch. The first step follows a prompt of 128 tokens.
 
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[576, 1024], help="multiples of 64")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048])
-    parser.add_argument("--seconds", type=float, default=3, help="per size (decoding: a third of it); at least 3 rounds run in any case")
+    parser.add_argument("--seconds", type=float, default=3, help="per size (decode: 1/3); at least 3 rounds")
     parser.add_argument("--quick", action="store_true", help="batch 1, 128 and 512 tokens, one second per size")
     args = parser.parse_args()
     if args.quick:

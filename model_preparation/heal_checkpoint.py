@@ -84,7 +84,7 @@ def main() -> None:
         info = heal_in_stages(**args)
     if info:
         used = {"stages": stages} if stages else _flags_used(info["healing"], args)
-        # Next to the checkpoint's folder, because verify reports an unlisted file inside the folder as a fault.
+        # Not in the checkpoint's folder: verify would report that this file is not listed.
         save_config(Path(f"{given.output_dir.expanduser()}.config.yaml"), used)
         _print_result(info)
         print(f"Healed checkpoint: {given.output_dir}")

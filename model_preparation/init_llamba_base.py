@@ -8,8 +8,8 @@ from model_preparation.hub.sources import add_source_flag
 DESCRIPTION = """\
 Make a base (a Llamba) from a donor (Llama, Mistral, Qwen2 or Qwen3) for which no Llamba is published. Embeddings,
 norms, MLPs and head are the donor's. Each mixer starts from the attention's projections, as in Mamba in the Llama
-(arXiv 2408.15237) and MOHAWK (arXiv 2408.10189). Nothing is trained. If only a few layers of a model are such layers,
-the model loses little. If all are, it writes no sensible text.
+(arXiv 2408.15237) and MOHAWK (arXiv 2408.10189). Nothing is trained. A model with few of these untrained
+mixers loses little. The base has such a mixer in every layer, and writes no sensible text.
 """
 
 EXAMPLES = """\

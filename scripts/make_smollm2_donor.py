@@ -46,7 +46,7 @@ def make_donor(output_dir: Path, *, overwrite: bool = False) -> None:
     gguf = find_gguf()
     check_space(output_dir, 600_000_000)
     package = importlib.import_module("gguf")
-    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again for each part
+    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers repeats the same calls many times
         setattr(package, name, functools.cache(getattr(package, name)))
     with new_folder(output_dir, overwrite=overwrite, marker_file="config.json") as staging:
         save_model(gguf, staging)

@@ -68,7 +68,7 @@ LONGEST = (
 )
 
 
-# Names, one a line, the test functions that take longer than SLOW_SECONDS for all their parameters together.
+# This file lists the test functions that take longer than SLOW_SECONDS for all their parameters together.
 # All tests that need `put_python` are slow too.
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
 SLOW_SECONDS = 0.3

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 PROMPTS = ["The capital of France is", "Once upon a time, in a small village,", "def add(a, b):\n    return"]
 NEW_TOKENS = 5
 
-# Each is run in a process of its own after one of WAYS, which defines `model`.
+# This code runs in a process of its own, after the code of one of WAYS, which defines `model`.
 GENERATE = """
 inputs = torch.load("inputs.pt")
 with torch.no_grad():

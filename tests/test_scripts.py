@@ -59,7 +59,7 @@ def make_python(path: Path, script: str) -> None:
 
 
 def run_script(checkout: Path, name: str, *args: str, **env: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """Run a script from another folder. Return its end, and the calls of Python except `pip --version`."""
+    """Run a script from another folder. Return the ended process, and calls of Python except `pip --version`."""
     calls = checkout.parent / "calls"
     calls.write_text("")
     environment = {
@@ -301,7 +301,7 @@ def test_the_tests_that_scripts_name_are_there():
 
 
 def test_workers_of_a_test_run_do_not_wait_for_each_other(put_python, tmp_path):
-    """A worker uses the server of tests/preloaded.py for its whole session. Others must get it meanwhile."""
+    """One worker uses the server of tests/preloaded.py during its whole session. Others must not have to wait."""
     signal.alarm(HANG_SECONDS)
     try:
         with preloaded_python() as put:

@@ -81,7 +81,7 @@ def llama_checkpoint(checkpoint) -> Path:
 
 
 def without_checksum(info: dict) -> dict:
-    """checkpoint_info.json's fields but for its checksum of itself."""
+    """checkpoint_info.json's fields, except its checksum of itself."""
     return {name: value for name, value in info.items() if name != "info_sha256"}
 
 

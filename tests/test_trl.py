@@ -1,4 +1,4 @@
-"""TRL trains our models as they come: our examples with TRL run, and TRL's packed documents do not mix."""
+"""TRL trains our models without changes: our examples with TRL run, and TRL's packed documents do not mix."""
 
 import json
 import re

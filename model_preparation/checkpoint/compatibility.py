@@ -31,7 +31,7 @@ def check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
 
 
 def check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
-    """Compare the tensors' shapes with the donor's config and the grafted one. Return the casts, in words."""
+    """Compare the tensors' shapes with the configs of donor and grafted model. Return the casts, in words."""
     donor_dtypes: set[DType] = set()
     donor = parts.donor
     for index in parts.donor_layers:

@@ -1,4 +1,4 @@
-"""Makes the plan of a graft: checks its parts (compatibility.py), and finds the config, dtype and tokenizer."""
+"""Makes the plan of a graft: checks its parts (compatibility.py), and finds the config and the tokenizer."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

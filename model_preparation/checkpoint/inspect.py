@@ -51,10 +51,11 @@ def inspect_checkpoint(
     """Lines to print: one per tensor of a file or folder, then one per plain value, then the totals.
 
     Args:
-        path: a file or folder of tensors, or a model's name or hub id, as `sources.resolve` takes it.
+        path: a file or folder of tensors, a model's name, or a hub id with its prefix (huggingface:org/name).
         pattern: show only names that match, such as "*.mlp.*", or that begin with `pattern` and a dot.
         diff: another such path; the lines then say which tensors differ, and how.
-        as_json: one JSON object per tensor, with its digest in full.
+        as_json: one JSON object per tensor or plain value, with digests in full, and no totals. With `diff`,
+            it has no effect.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
@@ -68,7 +69,7 @@ def inspect_checkpoint(
 
 
 def place_of(given: str | Path, sources: Mapping[str, str] | None = None) -> Path:
-    """The given path, or the model's folder if `given` is a model's name or hub id."""
+    """The model's folder if `given` is a model's name or a hub id with a prefix; otherwise the given path."""
     path = Path(given).expanduser()
     if path.exists() or (str(given) not in TABLE and ":" not in str(given)):
         return path

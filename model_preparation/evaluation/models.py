@@ -193,7 +193,7 @@ class ScoredModel:
     Attributes:
         name: the name of its results folder.
         config: the contents of its config file.
-        dtype: of the weights, as torch spells it.
+        dtype: of the weights, as torch spells it; "as stored" or "as served" if it is unknown.
         weight_files: the names of the files that have its weights.
         tokenizer: the folder of its tokenizer.
         is_checkpoint: whether this package built it.

@@ -64,8 +64,8 @@ class Tasks:
         manager: a TaskManager of lm-eval, which its evaluation requires.
         items: lm-eval's tasks and groups, one or several per name.
         questions: MMLU's, if a name is MMLU or part of it.
-        digests: the digests of task definitions that are not lm-eval's, {last part of the path: digest}. If two have the
-            same last part, the later one has its whole name.
+        digests: the digests of task definitions that are not lm-eval's, {last part of the path: digest}.
+            If two paths have the same last part, the later path is given whole.
         made: the settings that the documents of recall tasks depend on.
         suite: the name of the suite, if these are its tasks.
         metrics: {task or group: the metric that counts}, where the suite sets one.

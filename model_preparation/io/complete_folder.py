@@ -196,7 +196,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`: with one swap on Linux; elsewhere `old` is first moved into NAME.partial."""
+    """Put `new` in the place of `old` by a swap. If that is impossible, first move `old` into NAME.partial."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:

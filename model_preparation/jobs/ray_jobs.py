@@ -41,7 +41,7 @@ class _Running:
 
 @dataclass(frozen=True)
 class RayRunner:
-    """Runs jobs on a cluster, for `build_all` and `evaluate_all`.
+    """Runs jobs on a cluster, for `build_all`, `evaluate_all` and `distill_llamba_base`.
 
     Args:
         address: as `cluster` takes it.

@@ -13,7 +13,8 @@ from model_preparation.llamba.safe_globals import SAFE_GLOBALS
 AutoConfig.register("llamba", LlambaConfig, exist_ok=True)
 AutoModel.register(LlambaConfig, LlambaModel, exist_ok=True)
 AutoModelForCausalLM.register(LlambaConfig, LlambaForCausalLM, exist_ok=True)
-# After this, `save_pretrained` copies the model's files into the folder, which then opens without this package too.
+# After this, `save_pretrained` copies the model's code into the folder. The folder then opens without this
+# package too.
 LlambaConfig.register_for_auto_class()
 LlambaModel.register_for_auto_class("AutoModel")
 LlambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

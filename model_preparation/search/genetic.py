@@ -13,7 +13,7 @@ from itertools import combinations
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import LayerSet, SearchSpace, normal
 
-# Share of a generation: the best sets so far. They stay in the next generation, and no race drops them.
+# Share of a generation that is kept from before: the best sets so far. No race drops them.
 _ELITE_SHARE = 0.1
 _GOOD = 0.25  # share of the known sets that counts as good for the patterns
 _TOURNAMENT_SIZE = 3  # this many sets are drawn, and the best of them becomes a parent
@@ -27,6 +27,8 @@ def genetic(
     space: SearchSpace, scores: CandidateScores, rng: random.Random, population: int, generations: int, patience: int
 ) -> None:
     """Evaluate up to `generations` generations. Stop earlier if `patience` of them in a row find no better set.
+
+    Also stop when less budget is left than two generations need. Refinement gets the rest.
 
     Raises:
         BudgetSpent: for the same reasons as `CandidateScores.evaluate`.

@@ -1,4 +1,4 @@
-"""Base and donor in memory, layer by layer, so that any graft can run without a checkpoint."""
+"""All layers of base and donor, in memory together, so that any graft can run without a checkpoint."""
 
 import copy
 from collections.abc import Sequence

@@ -221,7 +221,7 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
         f"Candidates   {count}{evaluated}{later}",
         f"Cost         {most}{passes:,} layer passes"
         + (f", and {step.passes:,} in each step of refinement" if step else "")
-        + f"; alone, {evaluations:,} combination{'s' * (evaluations != 1)} would take {alone:,}"
+        + f"; without sharing, {evaluations:,} combination{'s' * (evaluations != 1)} would take {alone:,}"
         + (f": {'at least ' if most else ''}{1 - passes / alone:.0%} saved" if passes < alone else "")
         + (", and races save more" if settings.races else ""),
     ]

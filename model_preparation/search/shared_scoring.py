@@ -3,7 +3,8 @@
 A graft equals its base up to its lowest grafted layer. So it starts from the base's hidden states before that layer,
 which are computed once. Grafts that are also alike in later layers share these layers too (layer_sets.py). Every layer
 runs as when `ScoringLM` runs the whole graft: on the same batches, with the same arguments, and with the same cache of
-the tokens that all prompts begin with. In the last layer, the MLP runs on the scored positions only.
+the tokens that all prompts begin with. In the last layer, the MLP runs on the scored positions only, if this changes no
+bit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -264,7 +264,7 @@ class _Pieces(BaseStreamer):
 
     def __init__(self, text: Callable[[list[int]], str], stop: list[str], emit: Callable[[str], None]):
         self._text, self._emit = text, emit
-        # So many characters at the end are held back, because they may begin a stop word.
+        # This number of characters at the end is held back, because they may begin a stop word.
         self._held_back = max((len(word) - 1 for word in stop), default=0)
         self._ids: list[int] | None = None  # None until `generate` has put the prompt
         self._sent = ""

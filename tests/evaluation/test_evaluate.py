@@ -30,7 +30,7 @@ from model_preparation.io.self_checksum import with_checksum
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.test_mmlu import question, write_questions
 
-PART = ("mmlu_other",)  # 13 subjects, where all 57 would show no more
+PART = ("mmlu_other",)  # 13 of the 57 subjects: more would test nothing else
 COMPARED = ("score", "stderr", "questions", "tasks", "groups", "subjects", "settings")
 
 
@@ -224,7 +224,7 @@ def test_a_score_of_fewer_questions_does_not_replace_one_of_more(evaluated, mmlu
 
 
 def change(folder: Path, what: str) -> None:
-    """Put other contents into the place of one of the files that decide on a score."""
+    """Change the contents of one of the files that a score depends on."""
     if what == "tokenizer":
         path = folder / "tokenizer" / "tokenizer.json"
         content = json.loads(path.read_text())
@@ -399,7 +399,7 @@ def test_lost_files_of_lm_eval_come_back(damage, checkpoint, mmlu, part, monkeyp
 
 def test_a_group_of_mmlu_alone(checkpoint, mmlu, evaluated):
     result = evaluate_checkpoint(checkpoint, tasks=["mmlu_stem", "mmlu_virology"], mmlu_data=mmlu)
-    assert result["score"] is None  # of several tasks there is no one score
+    assert result["score"] is None  # several tasks have no common score
     assert result["tasks"]["mmlu_stem"] == evaluated[1]["groups"]["stem"]
     assert result["tasks"]["mmlu_virology"] == evaluated[1]["subjects"]["virology"]
     assert not result["entered"]

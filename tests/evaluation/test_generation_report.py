@@ -1,4 +1,4 @@
-"""Texts side by side: columns in a terminal, lines elsewhere, and where two texts part."""
+"""Texts side by side: columns in a terminal, lines elsewhere, and where two texts begin to differ."""
 
 import io
 

@@ -133,7 +133,7 @@ def test_prompts_are_those_of_ruler_in_lm_eval(name, counts, monkeypatch):
     for sentence in (line for line in theirs if line.startswith("One of")):
         assert sentence in row["input"]
     asked = row["input"].splitlines()[-1]
-    if name != "niah_multikey" and name != "niah_multiquery":  # which of several keys is asked for is drawn
+    if name != "niah_multikey" and name != "niah_multiquery":  # these two draw the keys that they ask for
         assert asked == theirs[-1]
         assert sorted(answers) == sorted(row["outputs"])
     assert asked.replace(_asked_of(row), "KEY") == theirs[-1].replace(query, "KEY")
@@ -360,6 +360,6 @@ def test_log_likelihood_and_generated_answers_are_compared():
 
 @pytest.mark.parametrize("task", ["embedded_recall", "kv_retrieval", "niah_multivalue"])
 def test_a_search_is_told_what_a_recall_task_is(task):
-    """The search reads the kind of its answers: choices, or generated text."""
+    """A search reads what kind of answers the task has: choices, or generated text."""
     (config,) = read_configs([task])
     assert config.output_type == ("multiple_choice" if task == "embedded_recall" else "generate_until")

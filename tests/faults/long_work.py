@@ -33,8 +33,8 @@ class Work:
         start: makes what is there before.
         run: does the work, or what is left of it.
         faults: given a folder after a power cut and the lines printed before it, what is wrong there.
-        result: given the folder when all is done, what two runs have in common.
-        share_again: how often the work is run again, compared with others (1.0). A run may take seconds.
+        result: given the folder when all is done, what must be the same after every run.
+        share_again: a factor of how often the work is run again after a power cut; below 1.0 for slow work.
     """
 
     start: Callable[[Models, Path], object]

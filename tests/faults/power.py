@@ -32,8 +32,8 @@ class Result:
     """What one cut did.
 
     Attributes:
-        found: of a folder "old" (as before; absent, if it was absent before), "new", "aside" or "mixed".
-            Of a work "".
+        found: for a folder, "old" (as before; absent, if it was absent before), "new", "aside" (the old one is
+            in its partial folder) or "mixed". For a work, "".
         again: whether the same command was run again.
         violations: what should not be, in words.
     """
@@ -149,7 +149,7 @@ class FolderPlace(Place):
         self._is_pristine = False
 
     def known_state(self, tree: Tree, said: list[str]) -> str | None:
-        """The state of the target, if nothing can be wrong with it: it is as before or after, and all was kept.
+        """The state of the target, if it is as before or after and fits what was printed; otherwise None.
 
         Only for trees of a shape that was checked before, because this does not look beside the target.
         """
@@ -226,7 +226,7 @@ class WorkPlace:
         _lay_out(tree, self._folder)
 
     def known_state(self, tree: Tree, said: list[str]) -> None:
-        """None: what was kept is not known by a tree's shape."""
+        """None: the shape of a tree does not say what a work kept."""
 
     def check(self, said: list[str]) -> tuple[str, list[str]]:
         try:

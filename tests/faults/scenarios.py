@@ -89,7 +89,7 @@ Write = Callable[..., None]  # (models, target, overwrite=...)
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run that is stopped.
+    """A run that faults are injected into.
 
     Attributes:
         write: what runs.

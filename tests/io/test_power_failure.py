@@ -125,6 +125,6 @@ def test_nothing_is_lost_or_mixed(name, results):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_sync_left_out_is_found_out(name, results):
-    """The harness finds every missing sync of `new_folder`: without the sync, something is lost or mixed."""
+    """Each sync in BROKEN is needed: if it is left out, the harness finds the violation that BROKEN names."""
     told = [violation for result in results if result.scenario == name for violation in result.violations]
     assert any(BROKEN[name][1] in violation for violation in told), told

@@ -68,7 +68,7 @@ def test_a_failure_ends_the_bar_and_its_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(rich, "_console", Console(file=shown, force_terminal=True))
     (tmp_path / "a").touch()
     before = threading.enumerate()
-    with pytest.raises(FileNotFoundError) as failure:  # while it is kept, its frames live on
+    with pytest.raises(FileNotFoundError) as failure:  # it keeps the frames: freeing them would end the bar
         digests_of_files([tmp_path / "a", tmp_path / "b"])
     assert failure.value.filename == str(tmp_path / "b")
     assert "Reading what has changed" in shown.getvalue()

@@ -119,7 +119,7 @@ def test_the_two_epsilons():
 
 
 def enable_checkpointing(model) -> None:
-    """By the name that the installed transformers has for it."""
+    """Call the method by the name that it has in the installed transformers."""
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
@@ -213,7 +213,7 @@ def test_a_device_map_never_splits_a_layer():
 @on_devices
 @pytest.mark.parametrize("room", ["for all", "for half"])
 def test_device_map_auto_loads(tmp_path, device, room):
-    """What the device has no room for is on the disk until it runs."""
+    """Layers that do not fit on the device are on the disk until they run."""
     model = hybrid()
     model.save_pretrained(tmp_path)
     size_bytes = sum(parameter.nbytes for parameter in model.parameters())

@@ -40,7 +40,7 @@ def pairs(make_settings, tmp_path_factory):
 def test_all_pairs_have_the_scores_of_the_built_checkpoints(
     pairs, make_settings, task_dir, base_dir, layers_dir, tmp_path
 ):
-    """To the bit; two heads of one layer too, and with a common beginning that is run once."""
+    """Answers are equal to the bit, also for two heads of one layer and for questions that share a prefix."""
     folder, found = pairs
     rows = {tuple(row["heads"]): row for row in found["final_results"]}
     assert sorted(rows) == sorted(map(tuple, PAIRS))

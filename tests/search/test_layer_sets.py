@@ -70,7 +70,7 @@ def test_what_is_saved_of_32_layers(sets, saved):
 @given(st.sets(st.sets(st.integers(0, 7), min_size=1).map(lambda layers: tuple(sorted(layers))), max_size=20))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_every_set_is_run_with_its_own_layers_and_no_layer_twice(units, sets):
-    """Eight layers, or four of two heads, or two of four."""
+    """Eight whole layers; four layers with two heads each; two layers with four heads each."""
     total = 8 // units.per_layer
     found, steps, most = run(sets, total, units)
     parts = [range(layer * units.per_layer, (layer + 1) * units.per_layer) for layer in range(total)]

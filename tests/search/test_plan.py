@@ -118,7 +118,9 @@ def test_the_plan_says_where_all_combinations_cost_no_more():
     for plan in (lines("ga", 2, 20), lines("beam", 4), lines("exhaustive", 2)):
         assert "--method exhaustive" not in plan
     assert "of which at most 20 are evaluated" in lines("ga", 2, 20)
-    assert "Cost         376 layer passes; alone, 78 combinations would take 936: 60% saved" in lines("exhaustive", 2)
+    assert "Cost         376 layer passes; without sharing, 78 combinations would take 936: 60% saved" in lines(
+        "exhaustive", 2
+    )
 
 
 def test_the_plan_counts_smaller_sets_apart():
@@ -132,7 +134,7 @@ def test_the_plan_counts_smaller_sets_apart():
     larger = "\n".join(describe_cost(bounds(space_of(settings), settings), settings, TOTAL))
     assert "Candidates   298; at most 77 evaluations, larger sets on the way included" in larger
     assert "Candidates   1, of which 1 is evaluated" in plan("exhaustive", TOTAL)
-    assert plan("exhaustive", TOTAL).endswith("alone, 1 combination would take 12")  # nothing is saved
+    assert plan("exhaustive", TOTAL).endswith("without sharing, 1 combination would take 12")  # nothing is saved
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam", "ga", "removal", "ratio"])

@@ -35,7 +35,7 @@ def records_of(checkpoint):
 
 
 def assert_answers_are(records, questions, results):
-    """`records` has the answers by task, of an evaluation."""
+    """`records` has the answers of an evaluation, by task."""
     answers = {name: [None] * len(given) for name, given in records.items()}
     names = [task.name for task in questions._tasks]
     for number, result in results.items():
@@ -89,7 +89,7 @@ def assert_divergences_are(questions, results, checkpoint, donor_dir):
 
 def test_after_the_last_mixing_only_scored_positions_go_on(loaded, make_scorer):
     pair, questions, scorer = loaded.pair, loaded.questions, make_scorer()
-    dict(scorer.score([(3,)]))  # the first run compares two ways per shape
+    dict(scorer.score([(3,)]))  # the first run computes all positions too, and compares
     rows = []
     hook = pair.layer(3, (3,)).mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))
     dict(scorer.score([(3,)]))

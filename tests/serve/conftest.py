@@ -42,7 +42,10 @@ SCORED = {"tasks": ("embedded_recall", "embedded_recall_generated"), "lengths": 
 
 
 def assert_scores_are_ours(checkpoint: Path, server: Server, results_dir: Path, **env: str) -> Path:
-    """Check that both kinds of task get our own answers through the server. Return the results' folder."""
+    """Check that the server and `evaluate_checkpoint` give the same answers to both kinds of task.
+
+    Return the folder of the server's results.
+    """
     flags = ("--checkpoint", checkpoint, "--tasks", *SCORED["tasks"], "--results_dir", results_dir)
     flags += ("--limit", SCORED["limit"], "--lengths", *SCORED["lengths"])
     asked = run_command("test_checkpoint", *flags, "--server", server.url, "--model", server.name, **env)

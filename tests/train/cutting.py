@@ -94,7 +94,7 @@ def _free_port() -> int:
 
 
 def outcome(output_dir: Path, stage: str | None = None) -> dict[str, object]:
-    """What two runs have to have in common, bit by bit: weights, optimizer, scheduler, random states, loss log."""
+    """What two runs must have in common, to the bit: weights, training state, loss log, scores, texts, last step."""
     states = output_dir.with_name(f"{output_dir.name}_resume")
     newest = list_states(states if stage is None else states / f"{stage}_resume")[0][-1]
     kinds = (".pt", ".pth", ".distcp")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,12 +21,14 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
 from model_preparation.io.digests import describe_files
 from model_preparation.io.self_checksum import with_checksum
+from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.train.heal.load_weights import load_weights
 from model_preparation.train.heal.resume_state import list_states, load_plain
 from model_preparation.train.heal.sequences import hold_out, load_sequences
 from model_preparation.train.heal.settings import TRACKERS, HealSettings
 from model_preparation.train.heal.trained_layers import trained_layers
 from model_preparation.train.heal.training_arguments import TRACKER_VERSIONS, check_tracker
-from tests.conftest import PACKAGE, assert_refused, run_command, run_python
+from tests.conftest import PACKAGE, assert_refused, run_command, run_python, seeded, tiny_config
 from tests.train.cutting import write_text
 
 
@@ -289,6 +292,19 @@ def test_scratch_begins_with_random_weights_of_the_seed(heal, tmp_path):
     losses = [info_of(tmp_path / seed)["healing"]["scores"]["before"]["eval_loss"] for seed in ("3", "4")]
     assert losses[0] != losses[1]
     assert losses == pytest.approx([math.log(260)] * 2, abs=0.2)  # the untrained model only guesses
+
+
+def test_of_tied_weights_a_file_needs_only_one(tmp_path):
+    source, model = (seeded(LlambaForCausalLM(tiny_config(tie_embeddings=True)), seed) for seed in (1, 2))
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    tied = ("lm_head.weight", "backbone.embedding.weight")
+    for left_out in tied:
+        save_file({name: tensor for name, tensor in state.items() if name != left_out}, tmp_path / "w.safetensors")
+        torch.nn.init.zeros_(model.lm_head.weight)
+        report = load_weights(model, tmp_path / "w.safetensors")
+        assert report.complete, report.lines()
+        for name in tied:
+            assert torch.equal(model.state_dict()[name], state[name])
 
 
 def test_weights_with_code_in_them_are_refused_by_name(heal, tmp_path):

@@ -69,7 +69,7 @@ def shared_and_differing(settings: Sequence[Mapping[str, str]]) -> tuple[dict[st
 
 
 def differing_settings(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """A sentence for each setting that differs between the models called `names`."""
+    """A sentence for each setting that differs between the models called `names`, except `_HARMLESS` ones."""
     notes = []
     for words in SETTINGS:
         values = [each[words] for each in settings]
@@ -82,7 +82,7 @@ def differing_settings(names: Sequence[str], settings: Sequence[Mapping[str, str
 def question_notes(
     names: Sequence[str], evaluations: Sequence[EvaluationFiles], common: Sequence[CommonQuestions]
 ) -> list[str]:
-    """Sentences on questions that are left out, and on prompts and answers that differ."""
+    """Sentences on questions that are left out, and on prompts, right answers and filters that differ."""
     notes = []
     questions = sum(len(each.rows) for each in common)
     every = [sum(len(each.answers[model].questions) for each in common) for model in range(len(names))]

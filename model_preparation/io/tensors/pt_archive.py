@@ -115,7 +115,7 @@ def _wide(size_bytes: int, packed_bytes: int, start: int) -> bytes:
     return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
 
-_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # in Python: its `dispatch` can be changed
+_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # written in Python: its `dispatch` can be changed
 
 
 class SortingPickler(_Pickler):

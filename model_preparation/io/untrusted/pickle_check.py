@@ -1,9 +1,9 @@
 """Checks the pickle in a .pt file before torch reads it, without running or building anything. Refuses unknown globals.
 
 torch's weights_only unpickler checks the pickle again. But for some opcodes (STACK_GLOBAL, INST), torch's error has
-only a number; this check names the global. This check also refuses calls that torch would run: `bytearray(10**12)`, an
-Embedding of any size, or a key of tuples nested so deeply that hashing it overflows the C stack. `globals_in` lists the
-globals of old pickled modules.
+only a number; this check names the global. This check also refuses calls that torch would run, such as
+`bytearray(10**12)` or an Embedding of any size. It refuses tuples nested so deeply that hashing them
+overflows the C stack. `globals_in` lists the globals of old pickled modules.
 
 Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py for the opcodes that torch knows.
 """
@@ -131,7 +131,7 @@ class _Tuple:
     size: int
 
 
-_Other = object  # numbers, dicts, lists, results of calls: not checked further
+_Other = object  # floats, dicts, lists, results of calls: not checked further
 
 
 class _Machine:

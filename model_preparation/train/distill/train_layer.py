@@ -106,8 +106,8 @@ def relative_error(
 ) -> float:
     """The mean squared error of the student's outputs, divided by the variance of the donor's outputs.
 
-    Both are computed over all positions of all `batches`. The variance is about each channel's mean, so the best
-    constant output has error 1. With target "layer", an output is what a layer adds to its input.
+    Both are computed over all positions of all `batches`. The variance is measured from each channel's mean. So
+    the best constant output has error 1. With target "layer", an output is what a layer adds to its input.
     """
     teacher = Teacher(donor_layer, target)
     total = Moments.none()

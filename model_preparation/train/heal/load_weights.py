@@ -37,7 +37,7 @@ class KeyReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all wanted tensors were found in the right shape, and no others."""
+        """Whether exactly the wanted tensors were found, in the right shape. Excluded ones do not count."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def lines(self) -> list[str]:
@@ -85,8 +85,8 @@ def load_weights(model: nn.Module, path: Path, exclude: Sequence[str] = ()) -> K
     wanted = model.state_dict()
     for tied, name in (getattr(model, "_tied_weights_keys", None) or {}).items():
         if tied in wanted and wanted[tied].data_ptr() == wanted[name].data_ptr():
-            if name in found:
-                found.pop(tied, None)
+            if tied in found:
+                found.setdefault(name, found.pop(tied))
             wanted.pop(tied)
     report = compare_keys(wanted, found, exclude)
     if not report.loaded:

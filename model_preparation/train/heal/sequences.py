@@ -102,7 +102,7 @@ class Documents(Sequences):
         return Documents(documents, self._settings, are_conversations=self.are_conversations)
 
     def digest(self) -> str:
-        """BLAKE3 of ids, labels, and the beginnings of documents and sequences, in hex."""
+        """BLAKE3 of ids, labels, and the lengths of the documents in each sequence, in hex."""
         hasher = blake3()
         for row in self._rows:
             hasher.update(repr([document.shape for document in row]).encode())
@@ -264,7 +264,7 @@ def hold_out(sequences: Sequences, fraction: float) -> tuple[Sequences, Sequence
     count = max(1, round(sequences.parts * fraction))
     if count >= sequences.parts:
         raise SurgeryError(
-            f"Of {sequences.parts} sequences, none is left for training if {count} are held out. "
+            f"Of {sequences.parts} sequences or documents, none is left to train on if {count} are held out. "
             "Give more text, a smaller --block_size, or --eval_data."
         )
     held_out = np.zeros(sequences.parts, dtype=bool)

@@ -76,7 +76,7 @@ def heal_in_stages(
     if not plan:
         raise SurgeryError("There are no stages. Give one or more, each with a name.")
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise SurgeryError(f"Two stages have the name {twice}. Give each stage another name.")
+        raise SurgeryError(f"Two stages have the name {twice}. Give each stage its own name.")
     if resume not in ("auto", "never", True, False):
         raise SurgeryError(f"--resume {resume} names a state, but each stage finds its own state. Give auto or never.")
     start, result = Path(checkpoint).expanduser(), Path(output_dir).expanduser()

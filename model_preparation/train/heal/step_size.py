@@ -1,4 +1,4 @@
-"""How large an optimizer step is. A step sees equally many sequences on any number of processes."""
+"""How large an optimizer step is: if possible, equally many sequences on any number of processes."""
 
 import math
 from collections.abc import Mapping
