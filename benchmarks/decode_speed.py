@@ -1,12 +1,12 @@
 """How the time to decode a token grows with the context: a base, a graft and the donor in one run.
 
-All models have the shape of SmolLM2-135M and random weights. With --donor, they have the shape of that Llama.
-Then the donor, the grafted layers and all embeddings have that Llama's weights. Each model reads the context into
-a cache of its own, segment by segment (prefill, with its own times). The last --tokens tokens of each length are
-decoded greedily, in rounds that alternate between the models. Prints ms per token (medians), the growth per 1,000
-tokens of context (least squares), the bytes of each cache, and ratios. The state of a Mamba layer has a fixed
-size. So the base's time per token should not grow. The graft's growth should be the donor's growth times the
-graft's share of the attention layers.
+All models have the shape of SmolLM2-135M and random weights. With --donor DIR, they have the shape of the
+Llama in DIR. Then the donor, the grafted layers and all embeddings have that Llama's weights. Each model
+reads the context into a cache of its own, segment by segment (prefill, with its own times). The last
+--tokens tokens of each length are decoded greedily, in rounds that alternate between the models. Prints ms
+per token (medians), the growth per 1,000 tokens of context (least squares), the bytes of each cache, and
+ratios. The state of a Mamba layer has a fixed size. So the base's time per token should not grow. The
+graft's growth should be the donor's growth times the graft's share of the attention layers.
 
     python benchmarks/decode_speed.py --donor local_models/smollm2
 """
@@ -88,8 +88,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens < ROUNDS or args.tokens % ROUNDS:
         parser.error(f"--tokens is {args.tokens}; a multiple of {ROUNDS} is needed")
-    if max(args.contexts) < SEGMENT + args.tokens:
-        parser.error(f"the longest of --contexts must be at least {SEGMENT + args.tokens}, to time a whole segment")
     torch.set_num_threads(args.threads)
     donor = load_donor(args.donor).to(getattr(torch, args.dtype))
     limit = donor.config.max_position_embeddings
@@ -98,6 +96,8 @@ def main() -> None:
         parser.error(f"context {contexts[-1]} is beyond the donor's {limit} positions")
     if any(longer - shorter < args.tokens for shorter, longer in zip([0, *contexts], contexts, strict=False)):
         parser.error(f"the lengths must lie at least --tokens {args.tokens} apart")
+    if max(longer - shorter for shorter, longer in zip([0, *contexts], contexts, strict=False)) < SEGMENT + args.tokens:
+        parser.error(f"two of the lengths must lie {SEGMENT + args.tokens} apart, so that a whole segment is read")
 
     base, grafted = make_llamba(donor, []), make_llamba(donor, args.layers)
     vocabulary = donor.config.vocab_size

@@ -48,7 +48,7 @@ def main() -> None:
         name: Side(sequences_of(documents, args.block_size, name == "packed"), args.batch_size, model)
         for name in ("padded", "packed")
     }
-    for _ in documents:  # more turns than any side has batches
+    for _ in documents:  # at least as many turns as a side has batches
         for side in sides.values():
             side.step()
     print(

@@ -23,7 +23,7 @@ LAYERS = {
     "8b": [11, 13, 17, 21],
 }
 
-# The naive way: makes `grafted`, with whole models in memory.
+# A program that grafts in the naive way, with whole models in memory. Its result is in the variable `grafted`.
 IN_MEMORY = """
 import sys, torch
 from model_preparation.llamba import LlambaForCausalLM

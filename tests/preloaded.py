@@ -200,7 +200,7 @@ def renew_threads() -> None:
 def _become(python: str, argv: list[str], cwd: str, environ: dict[str, str]) -> None:
     renew_threads()
     os.setpgid(0, 0)  # Ray kills a lost worker's process group
-    offline = environ.get("HF_HUB_OFFLINE") == "1"  # what is read when libraries are imported
+    offline = environ.get("HF_HUB_OFFLINE") == "1"  # libraries read this variable only when they are imported
     for name in ("huggingface_hub.constants", "datasets.config"):
         sys.modules[name].HF_HUB_OFFLINE = offline  # type: ignore[attr-defined]
     os.chdir(cwd)

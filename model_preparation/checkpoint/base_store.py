@@ -177,7 +177,7 @@ def clean_checkpoints(checkpoints: str | Path, *, dry_run: bool = False) -> Clea
     """
     folder = Path(checkpoints).expanduser()
     if not folder.is_dir():
-        raise SurgeryError(f"{folder} is no folder. Give the folder that holds the checkpoints' folders with --dir.")
+        raise SurgeryError(f"{folder} is no folder. With --dir, give the folder that holds the checkpoints' folders.")
     abandoned = remove_abandoned(folder, dry_run=dry_run)
     root = without_links(folder / STORE)
     if not root.is_dir():

@@ -81,7 +81,7 @@ def build_checkpoint(
             donors: a dict from a donor's name to such a dict.
         keep_mixer_heads: leave the mixer whole; by default its heads at the same positions are set to zero.
         ungraft: layers of a checkpoint whose graft is undone: they get the weights of the checkpoint's own base again.
-        show: called with the lines of the plan after all checks.
+        show: called with the lines of the plan, after the checks of graft and device.
         review: called with the new checkpoint_info.json and the plan before the folder gets its name. It may change
             checkpoint_info.json, or raise an exception.
 

@@ -69,7 +69,10 @@ def inspect_checkpoint(
 
 
 def place_of(given: str | Path, sources: Mapping[str, str] | None = None) -> Path:
-    """The model's folder if `given` is a model's name or a hub id with a prefix; otherwise the given path."""
+    """The model's folder if `given` is a model's name or a hub id with a prefix; otherwise the given path.
+
+    A path that exists comes first.
+    """
     path = Path(given).expanduser()
     if path.exists() or (str(given) not in TABLE and ":" not in str(given)):
         return path

@@ -110,7 +110,7 @@ class ResumableLM(LM):
         return answers
 
     def _kept(self, kind: str, task: str, requests: list[Instance]) -> dict[str, Any]:
-        """The record of a task. An answer that is missing is None: in a new record, every one."""
+        """The record of a task. A missing answer is None. In a new record, all answers are None."""
         new = {"task": task, "requests": _digest(requests), "seconds": 0.0, "truncated": 0}
         record = None if self._results is None else self._results.read_record(f"{kind}.{task}")
         if record is None or record["requests"] != new["requests"] or len(record["answers"]) != len(requests):

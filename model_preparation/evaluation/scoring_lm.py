@@ -152,7 +152,7 @@ class ScoringLM(HFLM):
             raise SurgeryError(
                 f"{len(too_long)} of {len(lengths)} prompts of {self._task} are too long for the model: the longest "
                 f"has {max(too_long)} tokens, and {most} fit. Choose other --tasks, fewer --num_fewshot or shorter "
-                "--lengths; --allow_truncation of test_checkpoint.py cuts them on the left."
+                "--lengths; --allow_truncation of test_checkpoint.py cuts such prompts on the left."
             )
         self.truncated += len(too_long)
 

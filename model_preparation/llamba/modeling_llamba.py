@@ -228,7 +228,7 @@ class LlambaModel(LlambaPreTrainedModel):
                 make_mask, window = create_causal_mask, None
                 if kind == "sliding_attention":
                     if is_packed or (attention_mask is not None and not bool(attention_mask.all())):
-                        window = self.llama_config.sliding_window  # transformers' mask counts padding
+                        window = self.llama_config.sliding_window  # transformers' own window would count padding too
                     else:
                         make_mask = create_sliding_window_causal_mask
                 causal_mask = make_mask(

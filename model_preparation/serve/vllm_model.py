@@ -2,9 +2,9 @@
 
 vLLM gives the tokens of all running requests in one row: first one token of each request that is being answered, then
 the tokens of prompts, whole or in pieces. Each request has its states in one slot of the cache, and vLLM chooses the
-slot. The parameters have the checkpoint's names, except those that vLLM joins. The code is the same for every device:
-on CUDA, `scan` uses the kernel of flash-linear-attention if that is installed (llamba/ssd.py). This file was run on
-CPUs only.
+slot. The parameters have the checkpoint's names, except those that vLLM joins. The code is the same for every
+device: on CUDA, `scan` uses the kernel of flash-linear-attention if that is installed (llamba/ssd.py). This
+file was run on CPUs only.
 """
 
 from collections.abc import Iterable

@@ -223,7 +223,7 @@ def test_blocks_change_nothing(monkeypatch, block_tokens, padded):
 
 @pytest.mark.parametrize("ssm", [{}, {"n_qk_heads": 2, "activation": "silu"}], ids=str)
 def test_gradients_of_blocks_are_those_of_float64(monkeypatch, ssm):
-    """float64 uses another convolution and one block. test_modeling checks it by finite differences."""
+    """float64 uses another convolution and one block. test_modeling checks its gradients by finite differences."""
     mixer, _ = make_mixer(**ssm)
     hidden = torch.randn(3, 21, 32, generator=torch.Generator().manual_seed(12))
 
@@ -251,7 +251,7 @@ def test_bfloat16_stays_near_its_own_rounding():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", ["flash-linear-attention", "mamba-ssm"])
 def test_optional_kernels_compute_the_same(kernel, dtype):
-    """mamba-ssm multiplies x by softplus(a): it can be given x / softplus(a) only where that is far from 0, as here."""
+    """mamba-ssm multiplies x by softplus(a), so it gets x / softplus(a). Here softplus(a) is at least 0.1."""
     generator = torch.Generator().manual_seed(14)
     x, B, C = (torch.randn(2, 150, 4, width, generator=generator) for width in (64, 64, 64))
     rate, D = (

@@ -60,7 +60,8 @@ def run_until(
     each process gets the environment that torchrun gives. All get the signal. The code is the first one's.
     """
     reading, writing = os.pipe()
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(env or {})} if processes else {}
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())} if processes else {}
+    env = {**master, **(env or {})}
     children = []
     for rank in range(processes or 1):
         child = os.fork()
@@ -94,7 +95,7 @@ def _free_port() -> int:
 
 
 def outcome(output_dir: Path, stage: str | None = None) -> dict[str, object]:
-    """What two runs must have in common, to the bit: weights, training state, loss log, scores, texts, last step."""
+    """What two runs must share, to the bit: weights, training state, loss log, scores, texts, last step."""
     states = output_dir.with_name(f"{output_dir.name}_resume")
     newest = list_states(states if stage is None else states / f"{stage}_resume")[0][-1]
     kinds = (".pt", ".pth", ".distcp")

@@ -73,7 +73,7 @@ def check_pt(path: Path, allowed: Allowed) -> PickleScan:
 
 @contextlib.contextmanager
 def reading_tensors(path: Path, advice: str = "Make or download it again.") -> Iterator[None]:
-    """Turn errors while the file is read into a SurgeryError that ends with `advice`. OSError is not changed."""
+    """While the file is read, turn errors into a SurgeryError that ends with `advice`. OSError is not changed."""
     try:
         yield
     except (SurgeryError, OSError):
