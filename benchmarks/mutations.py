@@ -30,7 +30,7 @@ CONFIG_KEYS += ["rope_scaling", "head_dim"]
 
 
 def mutate(name: str, data: bytes, rng: Random) -> bytes:
-    """The bytes of the file `name` with 1 to 4 faults, most of them faults of the file's format."""
+    """The bytes of the file `name` with 1, 2 or 4 faults, most of them faults of the file's format."""
     kinds = [any_bytes]
     if name.endswith((".pt", ".bin")):
         kinds += [zip_numbers, zip_entries, pickle_opcodes, pickle_opcodes]

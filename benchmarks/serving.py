@@ -1,8 +1,8 @@
 """How fast vLLM serves a graft, against our own batched `generate`, and against a donor in vLLM.
 
 Needs the package's extra `serve`. Prints tokens per second for requests of mixed lengths, sent at once; bytes of the
-cache, as computed and as vLLM reports them; and peak memory. Each side is a separate process. Imports, loading and two
-first requests, for which vLLM compiles its sampler, are not counted.
+cache, as computed and as vLLM reports them; and peak memory. Each side is a separate process. The speed leaves out
+imports, loading, and two first requests, for which vLLM compiles its sampler.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def by_generate(folder: Path, args: argparse.Namespace) -> dict:
 
     from model_preparation.llamba import LlambaForCausalLM
 
-    torch.set_num_threads(1)  # as vLLM: of two cores, it leaves one to its other processes
+    torch.set_num_threads(1)  # as vLLM does on two cores: its other processes need the second core
     model = LlambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = prompts_of(args)
     length = max(map(len, prompts))

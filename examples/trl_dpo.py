@@ -1,8 +1,8 @@
 """Train a checkpoint with TRL's DPOTrainer. Run build_checkpoint.py first, and pip install trl.
 
 Without a `ref_model`, TRL loads one by the model's name. This needs a --format hf folder. It also needs
-trust_remote_code=True in DPOConfig, or `import model_preparation` first. A model from `load_checkpoint` does
-not name its folder: give a `ref_model`.
+trust_remote_code=True in DPOConfig, or `import model_preparation` first. A model from `load_checkpoint` does not
+name its folder: give a `ref_model`.
 """
 
 from datasets import Dataset

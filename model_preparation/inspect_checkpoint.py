@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--keys", default="*", metavar="PATTERN", help='only names such as "*.mlp.*" or lm_head')
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--diff", metavar="OTHER", help="print the tensors that differ from those in OTHER, and how")
-    output.add_argument("--json", action="store_true", help="print one JSON object per tensor, with the whole digest")
+    output.add_argument(
+        "--json", action="store_true", help="print one JSON object per tensor or plain value, with whole digests"
+    )
     add_source_flag(parser)
     args = parser.parse_args()
 

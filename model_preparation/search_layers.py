@@ -106,7 +106,7 @@ def main() -> None:
     passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
     print(
         f"{statistics['evaluations']:,} combinations evaluated in {statistics['seconds']:.0f} s: "
-        f"{passes:,.0f} layer passes; alone, they would take {alone:,} ({1 - passes / alone:.0%} saved)"
+        f"{passes:,.0f} layer passes; without sharing, it would be {alone:,} ({1 - passes / alone:.0%} saved)"
     )
     for each in found["failed"]:
         print(f"failed      {names_of(each[unit])}: {escaped(each['reason'])}")

@@ -50,7 +50,7 @@ step $best/checkpoint_info.json "The base with its best two layers replaced, ${b
 step $poor/checkpoint_info.json "The base with its worst two layers replaced, ${poor_layers[*]}" \
     graft $poor "${poor_layers[@]}"
 
-echo "== Who likes what? 1,000 questions about a text, with four choices each. Random guessing scores 0.25. The models:"
+echo "== Who likes what? 1,000 questions, each about its own text, with four choices. Random guessing scores 0.25. The models:"
 echo "   A the base, B the base with the worst layers, C the base with the best layers, D the donor"
 mkdir -p $results
 for pair in "tiny_llamba $poor" "$best tiny_llama"; do

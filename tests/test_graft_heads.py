@@ -163,7 +163,7 @@ def test_its_layers_are_extracted_with_their_heads(heads_dir, tmp_path):
         (("--heads", "4:0"), 1, ["Layer 4 is out of range"]),
         (("--heads", "1:0", "--layers", "1"), 1, ["Layer 1 is named in --layers and in --heads"]),
         (("--heads", "1:0", "1:1"), 2, ["layer 1 is given twice"]),
-        (("--heads", "A:1:0"), 1, ["need the same names of donors"]),
+        (("--heads", "A:1:0"), 1, ["name each donor in"]),
         (("--heads", "1:0,0"), 2, ["names a head more than once"]),
         (("--heads", "1"), 2, ["LAYER:HEAD"]),
         (("--heads", "1:-1"), 2, ["LAYER:HEAD"]),

@@ -132,10 +132,10 @@ def test_two_donors_in_one_command_are_the_two_steps(base_dir, layers_dir, other
     )
     where = ("--base", base_dir, "--output_dir", tmp_path / "out")
     for given, words in (
-        ((*layers, "--llama_layers_dir", named[0]), "need the same names of donors"),
-        (("--layers", 1, "--llama_layers_dir", *named), "need the same names of donors"),
-        (("--layers", "A:1", "--heads", "2:0", "--llama_layers_dir", *named), "need the same names of donors"),
-        (("--layers", "A:1", "--heads", "C:2:0", "--llama_layers_dir", *named), "need the same names of donors"),
+        ((*layers, "--llama_layers_dir", named[0]), "name each donor in"),
+        (("--layers", 1, "--llama_layers_dir", *named), "name each donor in"),
+        (("--layers", "A:1", "--heads", "2:0", "--llama_layers_dir", *named), "name each donor in"),
+        (("--layers", "A:1", "--heads", "C:2:0", "--llama_layers_dir", *named), "name each donor in"),
     ):
         assert_refused(run_command("create_replaced_model_checkpoint", *where, *given), words)
     mixed = run_command("create_replaced_model_checkpoint", *where, "--layers", "A:1", "3")

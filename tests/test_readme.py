@@ -198,7 +198,7 @@ def test_the_readme_is_short():
 
 
 def test_links_between_the_documents_lead_somewhere():
-    """To a file or folder, and where a heading of one of these pages is named, to that heading."""
+    """A link's file or folder exists. If the link names a heading, its page has this heading."""
     for document in DOCUMENTS:
         for target, heading in re.findall(
             r"\]\(([^)#:]*)(?:#([^)]+))?\)", (ROOT / document).read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ class GraftParts:
         heads: by layer, the donor's heads that are added to the base's mixer, sorted.
         keep_mixer_heads: whether the mixer's heads at the same positions stay too.
         parent: the checkpoint that the graft starts from; None if it starts from a base.
-        kept: the layers that are grafted in the parent and stay grafted.
+        kept: the layers, whole or with heads, whose graft stays as it is in the parent.
     """
 
     base_name: str
@@ -208,7 +208,7 @@ def _several_donors(
     are_named = all(isinstance(given, Mapping) for given in (layers, folders, *heads.values()))
     if not are_named or layers.keys() | heads.keys() != folders.keys():
         raise SurgeryError(
-            "With several donors, --layers, --heads and --llama_layers_dir need the same names of donors, such as "
+            "With several donors, name each donor in --llama_layers_dir, and in --layers or --heads, such as "
             "--layers A:11,13 --heads B:17:3 --llama_layers_dir A=DIR B=DIR."
         )
     chosen = {name: sorted_layers(indices) for name, indices in layers.items()}

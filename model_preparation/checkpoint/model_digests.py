@@ -222,6 +222,8 @@ def digest_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
 def digest_of_checkpoint(folder: Path) -> str:
     """`weights_digest` of a checkpoint's weights, read from its files.
 
+    If the tensors of model_state_dict.pt cannot be found, this is a digest of the whole file.
+
     Raises:
         OSError: if a file is missing or cannot be read.
     """

@@ -3,7 +3,7 @@
 A text says what several people like, and later repeats some of it: `Ada likes plums . Ben likes figs . Ada
 likes` must continue with `plums`. This is multi-query associative recall (Zoology, arXiv 2312.04927) in words. A third
 of all pairs of a name and a thing is held out: no training text has such a pair. Questions have only held-out pairs,
-and each of the four choices forms a held-out pair with the name. So remembering the texts excludes no choice.
+and each of the four choices forms a held-out pair with the name. So remembering the training texts excludes no choice.
 
 An untrained model hardly learns recall from such texts alone: it learns which things occur, and then nothing more. So
 the donor is also trained on rows of names, or of things, in a random order that repeats after 4 to 20 words. In such a

@@ -39,7 +39,7 @@ def write(
     """Generate the texts that follow tokenized prompts.
 
     Args:
-        prompts: token ids, the longest prompt first.
+        prompts: token ids, sorted from the longest prompt to the shortest.
         settings: lm-eval's; `until` (texts that end an answer) and `max_gen_toks` are used.
         read_at_once: the most tokens, with padding, that one forward pass reads; a longer prompt is read alone.
 

@@ -1,7 +1,8 @@
 """A model for lm-eval that answers through an OpenAI API, such as the one of `layer-surgery serve`.
 
-lm-eval's own client makes the requests and reads the answers. But this file tokenizes the texts, in the same way as for
-a model that lm-eval loads itself: the client would leave out the special token at the beginning.
+lm-eval's own client builds the requests and reads the answers. This file sends the requests. It also tokenizes the
+texts, in the same way as for a model that lm-eval loads itself: the client would leave out the special token at the
+beginning.
 """
 
 import copy
@@ -54,8 +55,8 @@ class Server(NamedTuple):
         """Ask a server for its models, and choose one.
 
         Raises:
-            SurgeryError: if no server answers, if it has no model or not this one, or if it has several and `name` is
-                None.
+            SurgeryError: if no server answers; if the server has no model, or none that is called `name`; or if it has
+                several models and `name` is None.
         """
         url = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
         models = {each["id"]: each for each in _ask(url, "models", _MODELS)["data"]}

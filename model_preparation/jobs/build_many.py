@@ -158,7 +158,7 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
     if recorded["format"] != "both":
         asked["format"] = flags.format or "pt"
     found = differences_of(recorded, asked)
-    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # the only one: a list cannot name donors
+    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # the only folder: combinations name no donors
     if parent is not None:
         parents = step.get("from", {}), describe_parent(parent, read_info(parent))
         digests = ({"tensors": each.get("tensor_digests_sha256")} for each in parents)

@@ -47,8 +47,10 @@ def has_several_documents(position_ids: Tensor, places: Tensor, attention_mask: 
 
 
 def visible(position_ids: Tensor, places: Tensor, is_packed: bool, window: int | None):
-    """A mask function for transformers: true for keys in the query's document that are also in the query's window.
+    """A mask function that transformers combines with the causal mask.
 
+    It is true for keys in the query's document that are also in the query's window, and for all keys after the
+    query.
     The window is the query and the `window` - 1 real tokens before it; padding is not counted.
     Returns None if every key before the query is visible.
     """

@@ -1,4 +1,7 @@
-"""What a search checks before it downloads the donor, extracts layers or loads a model."""
+"""What a search checks before it evaluates anything.
+
+`check_first` checks before the donor is downloaded and a model is loaded.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,7 +25,7 @@ JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"  # in the output folder,
 
 
 def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
-    """Check everything that can be checked without the models.
+    """Check everything that can be checked without the donor and without loading a model.
 
     Raises:
         SurgeryError: for the first fault that is found.

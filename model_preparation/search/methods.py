@@ -1,7 +1,7 @@
 """The search methods: which combinations are evaluated, in which order. `CandidateScores` keeps their scores.
 
-A unit is a layer, or a head with `--unit heads`. No library is used, because the methods need a common budget and
-journal, races that drop combinations early, and many combinations scored together, which have layers in common.
+A unit is a layer, or a head with `--unit heads`. No library is used. The methods need a common budget and journal, and
+races that drop combinations early. Combinations with common layers must be scored together.
 """
 
 import random
@@ -79,7 +79,7 @@ def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
     """Add units one by one. Of each size, the best `width` combinations get another unit."""
     kept: list[LayerSet] = [BASE]
     for size in range(1, space.most + 1):
-        if size == 1 and len(space.prior) == len(space.free):  # `prior` has the score of every single unit
+        if size == 1 and len(space.prior) == len(space.free):  # `prior` has the gain of every single unit
             kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
             continue
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))

@@ -321,7 +321,7 @@ def _check_config(config: TaskConfig) -> None:
 
 
 def _check_task(name: str, task: Any, instances: Sequence[Instance]) -> None:
-    """Refuse a task that repeats questions, has filters, or has no acc. A task that generates needs no acc."""
+    """Refuse a task that repeats questions. Unless the task generates, also refuse filters and a missing acc."""
     _check_config(task.config)
     if any(instance.repeats != 1 for instance in instances):
         raise _refusal(name, "asks each question several times (repeats)")

@@ -1,4 +1,4 @@
-"""BaseStore: what is shared, what is made again, several builders at once, and what `clean` removes."""
+"""BaseStore: what is shared, what is made again, several builders at once, and what `clean_checkpoints` removes."""
 
 import errno
 import fcntl
@@ -263,7 +263,7 @@ def test_clean_removes_what_nobody_uses(checkpoints):
     store, files = checkpoints.build("again")  # afterwards the store starts anew
     shutil.rmtree(checkpoints.folder / "again")
     clean_checkpoints(checkpoints.folder)
-    (checkpoints.folder / "late").mkdir()  # a build that began before `clean` works too
+    (checkpoints.folder / "late").mkdir()  # a build that began before `clean_checkpoints` works too
     shard = shards_of(checkpoints.base_paths)[0]
     described, _ = store.provide(shard, checkpoints.folder / "late" / shard.file, lambda size_bytes: None)
     assert described == files[shard.file]

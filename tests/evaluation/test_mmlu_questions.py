@@ -1,7 +1,7 @@
 """The MMLU questions: the same from every layout and hub, and whatever is wrong with them is named.
 
 The hubs' real clients run, against the small server of tests/checkpoint/test_sources.py and against ports where nobody
-listens. Questions: two made-up ones per split for each of the 57 subjects.
+listens. Questions: two made-up ones per split for each of the 57 subjects, and `AWKWARD` in anatomy's test split.
 """
 
 import csv

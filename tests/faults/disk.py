@@ -332,8 +332,9 @@ class Disk:
     def _left(self, grows_first: bool, number: int, at: int, loss: str, chance: random.Random) -> bytes:
         """What is left of a file's content.
 
-        Of what was not synced: "lost" is nothing, "written" all; "length" is only the lengths that were set, "zeros"
-        and "foreign" the final length too; "torn" is a first part, "blocks" are some blocks.
+        Of what was not synced, "lost" leaves nothing, and "written" everything. "length" leaves only the lengths that
+        were set. "zeros" and "foreign" leave the final length, with zeros or other bytes in it. "torn" leaves a first
+        part, and "blocks" some blocks.
         """
         changes = [change for change in self._changes[number] if change.at < at]
         last_sync = max((sync for sync in self._syncs.get(number, ()) if sync < at), default=-1)

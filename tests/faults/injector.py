@@ -69,7 +69,7 @@ class _Note(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Note:
-    """A change that was made: the call's name, the paths it names, and what it changed, as it was afterwards.
+    """A change that was made: the call's name, the paths in the call, and the changed file or folder after the call.
 
     A printed line is a note too. Its path is outside the folder, and `data` is the text.
 

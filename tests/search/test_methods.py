@@ -50,7 +50,7 @@ def test_the_best_are_found_with_few_evaluations(truth, tmp_path, method, seed):
     triple = best_of(found, 3)
     assert truth.estimate(triple) >= truth.estimate(best) - truth.objective.stderr(truth.values(best))
     statistics = found.statistics()
-    assert statistics["layer_passes"] < 0.6 * statistics["layer_passes_alone"]  # of so few, little is shared
+    assert statistics["layer_passes"] < 0.6 * statistics["layer_passes_alone"]  # so few sets share little work
 
 
 def test_greedy_takes_the_best_single_and_goes_on_from_it(truth, tmp_path):

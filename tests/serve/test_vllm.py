@@ -37,7 +37,7 @@ BOS_TWICE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }
 
 @pytest.fixture(scope="module")
 def server(serve, served_dirs, tmp_path_factory):
-    """A graft of format pt, served with vLLM's own settings."""
+    """A graft of format pt, served with two flags of vLLM: the cache's size and a chat template."""
     template = tmp_path_factory.mktemp("template") / "chat.jinja"
     template.write_text(BOS_TWICE)
     return serve(served_dirs["pt"], "--api_key", KEY, "--", *CACHE, "--chat-template", template)

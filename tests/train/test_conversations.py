@@ -294,7 +294,7 @@ def talking(base_dir, donor_dir, tmp_path_factory) -> Path:
     return folder / "tiny"
 
 
-# Flags of its runs. There are 4 steps, so a run can be killed before its last step.
+# Flags of the runs on `talking`. There are 4 steps, so a run can be killed before its last step.
 TALK_RUN = ("--block_size", 96, "--max_steps", 4, "--self_conversations", 12)
 
 

@@ -199,6 +199,11 @@ def test_shards_with_code_in_them_are_refused_by_name(staged, tmp_path):
     place.relative_path = "../__9_0.distcp"
     (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
     refused("outside its folder")
+    place.length = float("inf")
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(r"its pickle is damaged \(OverflowError\)")
+    (optimizer / ".metadata").write_bytes(b"cpathlib\nWindowsPath\n(Vx\ntR.")
+    refused("its pickle is damaged")
     metadata.version = os.system
     (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
     refused(r"it names posix\.system, which could run code")

@@ -30,6 +30,9 @@ _ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
+# Unpickling damaged bytes raises one of these.
+_DAMAGED = (pickle.UnpicklingError, EOFError, TypeError, AttributeError, LookupError, RecursionError)
+_DAMAGED += (ArithmeticError, NotImplementedError)
 _MAX_ENTRY_BYTES = 1_000_000  # for an entry that is not a tensor
 
 
@@ -51,7 +54,9 @@ def check_shards(folder: Path) -> None:
     for name, (file_name, offset, size_bytes) in _entries(regular_file(folder / SHARD_METADATA)).items():
         path = regular_file(inside(folder, file_name))
         if not 0 < size_bytes <= _MAX_ENTRY_BYTES:
-            raise ValueError(f"its entry {name!a:.100} is not a tensor and has {size_bytes} bytes")
+            raise ValueError(
+                f"its entry {name!a:.100} has {size_bytes} bytes; an entry without a tensor has 1 to {_MAX_ENTRY_BYTES}"
+            )
         with path.open("rb") as file:
             file.seek(offset)
             entry = file.read(size_bytes)
@@ -74,5 +79,5 @@ def _entries(path: Path) -> dict[str, tuple[str, int, int]]:
             for index, place in metadata.storage_data.items()
             if kinds[index.fqn] is BytesStorageMetadata
         }
-    except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"its pickle is damaged ({type(error).__name__})") from error

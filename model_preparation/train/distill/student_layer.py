@@ -67,7 +67,10 @@ def student_tensors(
     balance = math.sqrt(score_scale(head_dim))
 
     def of_keys(rows: Tensor, factor: float, noise: float) -> Tensor:
-        """(donor heads * head_dim, ...) -> (groups * d_state, ...); added rows are `noise` * rms(kept rows) * N(0, 1)."""
+        """(donor heads * head_dim, ...) -> (groups * d_state, ...), multiplied by `factor`.
+
+        Added rows are `noise` * N(0, 1) * the root mean square of the multiplied rows.
+        """
         by_head = rows.unflatten(0, (donor_heads, head_dim))[group_of] * factor
         missing = torch.randn((groups, max(0, states - head_dim), *rows.shape[1:]), generator=generator)
         missing = missing * noise * by_head.float().square().mean().sqrt()

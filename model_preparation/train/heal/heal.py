@@ -66,7 +66,8 @@ def heal_checkpoint(
         checkpoint: a folder written by `build_checkpoint`, or by this function.
         data: texts or conversations, see `sequences.load_sequences`; "self": the donor writes conversations.
         output_dir: the new checkpoint's folder; it appears whole or not at all.
-        settings: `HealSettings()` by default. A resumed run keeps its saved ones, and says which given ones it ignores.
+        settings: `HealSettings()` by default. A resumed run keeps its saved ones, with few exceptions such as
+            `max_steps`, and says which given ones it ignores.
         resume: "auto" or True to resume from the newest complete state if there is one, "never" or False to start
             again, or the folder of a state.
         resume_dir: the folder of the states; by default `output_dir` with `_resume` after it.

@@ -64,11 +64,13 @@ def heal_in_stages(
         stages: each has a `name`, and may have its own `data`, `milestones` and fields of `HealSettings`.
         data: the text for stages that have no `data` of their own.
         clean_up: in the end, remove the last stage's states and the earlier stages' checkpoints.
-        given: other arguments of `heal_checkpoint`, and fields of `HealSettings` for all stages.
+        given: other arguments of `heal_checkpoint` except `milestones`, and fields of `HealSettings` for all stages.
 
     Raises:
         SurgeryError: as from `heal_checkpoint`. A stage that is not valid is refused before any training.
     """
+    if "milestones" in given:
+        raise SurgeryError("milestones belongs into a stage, because each stage counts its own steps.")
     shared = {} if settings is None else settings.as_dict()
     shared |= {name: given.pop(name) for name in HealSettings.__dataclass_fields__ if name in given}
     plan = [_checked(number, stage, data, shared) for number, stage in enumerate(stages, start=1)]
