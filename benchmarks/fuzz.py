@@ -1,14 +1,15 @@
 """Fuzzing: damages copies of the files that this project reads, and gives them to all code that reads such files.
 
-A case passes if it ends, with or without SurgeryError, within the limits of time and memory. It must not open a file
-outside its folder, open a socket, start a process, or unpickle a class. Cases run in forked children, so a crash is one
-finding and does not end the script. Prints the number of cases, and each finding with the number of its case. `--only`
-repeats the case with this number.
+A case passes if it ends, with or without SurgeryError, within the limits of time and memory. It must not open
+a file outside the models' folders, open a socket, start a process, or unpickle a class. Cases run in forked
+children, so a crash is one finding and does not end the script. Prints the number of cases, and each finding
+with the number of its case. `--only` repeats the case with this number.
 
     python benchmarks/fuzz.py --seconds 3600 --seed 1
 
-mutations.py makes the faults. A coverage-guided fuzzer such as atheris would help little: behind the first checks come
-compiled parts of torch and tokenizers, which it cannot see into. It would also have to guess CRCs and lengths.
+mutations.py makes most of the faults. A coverage-guided fuzzer such as atheris would help little: behind the
+first checks come compiled parts of torch and tokenizers, which it cannot see into. It would also have to guess
+CRCs and lengths.
 """
 
 import argparse

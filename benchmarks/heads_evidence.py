@@ -2,10 +2,10 @@
 
 Candidates are all single heads, larger sets of heads by a beam search, and all sets of up to three layers. If
 --beam_width > 1 and there are few pairs of heads, all pairs are candidates. Every set is scored on some of the --choose
-questions, and the best sets on all of them. The reported figures are of other questions, made from another seed. The
-part "rules" compares rules for which channels of the mixer are switched off in a layer with grafted heads. It scores
-the same sets under every rule, and other sets that were chosen under the rule "mixer whole". Prints tables, and writes
-every figure into NAME.json. The part "sets" also draws a plot into NAME.png.
+questions, and the best sets on all of them. The reported figures are of other questions, made from another
+seed. The part "rules" compares rules for which channels of the mixer are switched off in a layer with grafted
+heads. It scores the same sets under every rule, and other sets that were chosen under the rule "mixer whole".
+Prints tables, and writes every figure into NAME.json. The part "sets" also draws a plot into NAME.png.
 
     OMP_NUM_THREADS=1 python benchmarks/heads_evidence.py --output benchmarks/heads_evidence
     OMP_NUM_THREADS=1 python benchmarks/heads_evidence.py --donor DIR --base DIR --parts rules --output NAME

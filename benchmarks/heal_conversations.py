@@ -1,10 +1,11 @@
 """Healing on the donor's conversations, against healing on the donor's plain text, for the same number of steps.
 
-A grafted checkpoint is healed twice with the donor as teacher. Only --data differs: packed conversations, or about as
-many tokens of text. With --no_teacher, the checkpoints learn from the tokens alone. Both results are then scored on
-conversations from another seed, which no choice used: the loss on the answers, paired by conversation. The script also
-compares kv-retrieval before and after healing, and lets each checkpoint answer a question. Existing results are used
-again. The same command continues a healing that was stopped.
+A grafted checkpoint is healed twice with the donor as teacher. Only the data differs: conversations with
+--packing, or about as many tokens of text. With --no_teacher, the checkpoints learn from the tokens alone. Both
+results are then scored on conversations from another seed: the loss on the answers, paired by conversation.
+These conversations were not used to choose anything. The script also compares kv-retrieval before and after
+healing, and lets each checkpoint answer a question. Existing results are used again. The same command continues a
+healing that was stopped.
 
     python benchmarks/heal_conversations.py --donor DONOR --base BASE --llama_layers_dir LAYERS --folder FOLDER
 """

@@ -3,10 +3,11 @@
 The script records every change that these runs make on the disk: extract, build, overwrite, a base, cleaning
 (tests/faults/scenarios.py); healing, evaluating, a search's journal (tests/faults/long_work.py). From these changes it
 makes states of the disk that ext4, XFS and the weakest file system that POSIX allows may leave (tests/faults/disk.py
-says what each may lose). In every state, a folder must be either the old folder or the new one, and whole. Where two
-folders cannot be swapped, the old one may also be inside NAME.partial (in the table: aside). Everything that was
-printed as done must be there. In some states, the same command runs again, and must end as if nothing had happened.
-Anything else is a violation; the exit code is 1. Needs Linux on x86-64, a C compiler and the package's extra "test".
+says what each may lose). In every state, a folder must be either the old folder or the new one, and whole.
+Where two folders cannot be swapped, the old one may also be inside NAME.partial (in the table: aside).
+Everything that was printed as done must be there. In some states, the same command runs again, and must end as
+if nothing had happened. Anything else is a violation; the exit code is 1. Needs Linux on x86-64, a C compiler
+and the package's extra "test".
 
     python benchmarks/power_failure.py --states 10000
 """

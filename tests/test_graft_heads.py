@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused(base_dir, layers_dir, tmp_path, args, code, w
     ],
 )
 def test_a_donor_that_is_not_as_it_says_is_refused(base_dir, layers_dir, tmp_path, config, words):
-    """The build looks for the heads while transformers reads the config. The message is about the config."""
+    """Two threads may fail: one refuses the heads, the other the config. The message is about the config."""
     folder = Path(shutil.copytree(layers_dir, tmp_path / "layers"))
     metadata = json.loads((folder / "metadata.json").read_text())
     metadata["config"] |= config

@@ -277,8 +277,10 @@ def _tree_entry(path: str, kept: bytes | Pointer) -> dict:
 
 
 def _chunks(xorb: bytes) -> list[bytes]:
-    """The chunks of a xorb: each after 8 bytes of version, packed size, scheme (0 none, 1 LZ4, 2 bytes in 4 groups and
-    LZ4) and size.
+    """The chunks of a xorb. Before each are 8 bytes: version, packed size, scheme and size.
+
+    Scheme 0 means unpacked, and 1 means LZ4. With scheme 2, bytes 0, 4, 8, ... come first, then bytes 1, 5, 9, ...,
+    and so on. LZ4 packs the result.
     """
     chunks, position = [], 0
     while position < len(xorb):

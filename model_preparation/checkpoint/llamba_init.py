@@ -197,7 +197,7 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
     value, value_bias = projection("v_proj")
     output, output_bias = projection("o_proj")
     scale = score_scale(head_dim)
-    no_input = query.new_zeros(heads_width + heads, donor.hidden_size)  # rows of z and a come from the bias alone
+    no_input = query.new_zeros(heads_width + heads, donor.hidden_size)  # z and a come from the bias alone
     conv_dim = 3 * heads_width
     conv = query.new_zeros(conv_dim, 1, CONV_TAPS)  # the last tap is the current token's
     conv[:, :, -1] = 1

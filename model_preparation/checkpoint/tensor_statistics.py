@@ -33,7 +33,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two tensors differ. A place counts only if both numbers there are finite.
+    """How two tensors differ. `largest` and `relative` are of the places where both numbers are finite.
 
     Attributes:
         largest: the largest absolute difference of two numbers at the same place.

@@ -1,4 +1,4 @@
-"""Score models with lm-eval. `evaluate_checkpoint` also writes the answers to the disk as soon as they are known.
+"""Score models with lm-eval. `evaluate_checkpoint` also writes the answers to the disk (see resumable_lm.py).
 
 lm-eval itself makes the prompts, averages the scores of groups, and computes standard errors. If something fails, an
 error is raised and no score is given.
@@ -59,7 +59,7 @@ _WAIT_SECONDS = 10  # the longest wait while another evaluation writes its score
 def evaluate_checkpoint(
     directory: str | Path | None, settings: EvaluationSettings | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """Score a checkpoint or another model, and write the answers to the disk as soon as they are known.
+    """Score a checkpoint or another model. Write answers to the disk after each task, texts after each batch.
 
     After an interruption, the same call continues and gives the same result. If MMLU was evaluated completely before,
     no model is loaded. Without `server`, a score of the task group mmlu is written into the checkpoint's
@@ -76,7 +76,7 @@ def evaluate_checkpoint(
         model: digests of weights, config and tokenizer.
         weights: one digest of all that `model` has.
         date, results_dir: the time, and the folder of this evaluation.
-        kept: whether all answers are from an earlier run.
+        kept: whether this is the result of an earlier run.
         entered: whether checkpoint_info.json has this score now.
         put_aside, differing: if the folder had results of another model, where they are now; and phrases that say how
             that model differs.

@@ -1,7 +1,7 @@
 """The search methods: which combinations are evaluated, in which order. `CandidateScores` keeps their scores.
 
-A unit is a layer, or a head with `--unit heads`. No library is used. The methods need a common budget and journal, and
-races that drop combinations early. Combinations with common layers must be scored together.
+A unit is a layer, or a head with `--unit heads`. No library is used. The methods need a common budget and
+journal, and races that drop combinations early. Combinations with common layers must be scored together.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""get_model_modelscope as the guide of the first scripts calls it, on tiny models in local folders."""
+"""get_model_modelscope on tiny models in local folders, also as the older programs' guide calls it."""
 
 import json
 import os

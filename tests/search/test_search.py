@@ -385,7 +385,7 @@ def test_nll_needs_the_right_answer(make_settings, tmp_path, changes):
 
 
 def journaled(folder: Path, name: str) -> dict[tuple[int, ...], list]:
-    """The journal's field `name` by set, in the order of the rounds; without a race, a set has one entry."""
+    """The journal's field `name` by set. If a set has several entries, as in a race, the last one counts."""
     entries = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
     questions = {}
     for entry in entries:

@@ -143,8 +143,9 @@ def test_what_does_not_go_with_stages_is_named(staged, config, tmp_path):
         (("--resume_dir", staged.with_name("out_resume") / "second_resume"), "states of a run without stages", 1),
     ):
         assert_refused(run_heal(*flags, *more), words, code=code)
+    given = {"data": config["data"], "milestones": {1: "x"}}
     with pytest.raises(SurgeryError, match="milestones belongs into a stage"):
-        heal_in_stages(config["checkpoint"], [{"name": "a"}], tmp_path / "out", data=config["data"], milestones={1: "x"})
+        heal_in_stages(config["checkpoint"], [{"name": "a"}], tmp_path / "out", **given)
     with pytest.raises(SurgeryError, match="Stage a has no data"):
         heal_in_stages(config["checkpoint"], [{"name": "a"}], tmp_path / "out")
     with pytest.raises(SurgeryError, match=r"Stage a has the unknown key 'blocksize'\. The nearest is block_size"):

@@ -1,7 +1,8 @@
 """Read the answers in lm-eval's samples files, and find the questions that several models have in common.
 
-Questions are matched by their content (lm-eval's doc_hash), not by their place: limits and orders may differ. If a
-task has a question twice (as in MMLU), the first occurrence is matched with the first, and the second with the second.
+Questions are matched by their content (lm-eval's doc_hash), not by their place: limits and orders may differ. If no
+content matches, prompt and target are used. If a task has a question twice (as in MMLU), the first occurrence
+is matched with the first, and the second with the second.
 The texts stay on the disk; `read_sample` reads those that a report shows.
 """
 

@@ -94,7 +94,7 @@ def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> 
 
     Raises:
         SurgeryError: if a folder has no finished evaluation, or has several and `task` does not choose one; or if a
-            checkpoint has other weights now than it had in its evaluation.
+            checkpoint's weights, config or tokenizer have changed since its evaluation.
     """
     found = [_candidates(Path(folder).expanduser(), task) for folder in folders]
     # Our folders are named after their settings. If exactly one name is in all checkpoints, take its evaluations.
@@ -114,7 +114,7 @@ def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> 
 
 
 def _check_weights(evaluation: EvaluationFiles) -> None:
-    """Raise SurgeryError if an evaluation is in a checkpoint that has other weights now."""
+    """Raise SurgeryError if an evaluation's checkpoint now has other weights, config or tokenizer."""
     settings = evaluation.results_path.parents[1] / SETTINGS
     if evaluation.checkpoint is None or not settings.is_file():
         return

@@ -31,8 +31,10 @@ _ALLOWED = {
     ("pathlib", "WindowsPath"),
 }
 # Unpickling damaged bytes raises one of these.
-_DAMAGED = (pickle.UnpicklingError, EOFError, TypeError, AttributeError, LookupError, RecursionError)
-_DAMAGED += (ArithmeticError, NotImplementedError)
+_DAMAGED = (
+    *(pickle.UnpicklingError, EOFError, TypeError, AttributeError, LookupError),
+    *(RecursionError, ArithmeticError, NotImplementedError),
+)
 _MAX_ENTRY_BYTES = 1_000_000  # for an entry that is not a tensor
 
 

@@ -18,11 +18,11 @@ from model_preparation.train.heal.losses import next_tokens
 def segments(
     batch: Mapping[str, Tensor], length: int, config: LlambaConfig, width: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Yield the segments of a batch, `length` tokens each, with `targets` in place of `labels`.
+    """Yield the segments of a batch, at most `length` tokens each, with `targets` in place of `labels`.
 
     Compute the gradients of a segment before you ask for another. A segment also has the cache, its `start`, and
-    `skipped`: for each row, how many targets earlier segments had. If `length` is 0, or the batch is not longer, the
-    batch itself is the only segment, and has none of these.
+    `skipped`: for each row, how many targets earlier segments had. If `length` is 0, or neither the batch nor
+    `width` is longer, the batch itself is the only segment, and has none of these.
 
     Args:
         batch: tensors (batch, tokens), and `sequence`, (batch, 1).
