@@ -279,8 +279,8 @@ def _tree_entry(path: str, kept: bytes | Pointer) -> dict:
 def _chunks(xorb: bytes) -> list[bytes]:
     """The chunks of a xorb. Before each are 8 bytes: version, packed size, scheme and size.
 
-    Scheme 0 means unpacked, and 1 means LZ4. With scheme 2, bytes 0, 4, 8, ... come first, then bytes 1, 5, 9, ...,
-    and so on. LZ4 packs the result.
+    Scheme 0 means unpacked, and 1 means LZ4. With scheme 2, bytes 0, 4, 8, ... come first, then bytes 1, 5,
+    9, ..., and so on. LZ4 packs the result.
     """
     chunks, position = [], 0
     while position < len(xorb):

@@ -29,8 +29,8 @@ def grafted_config(
     The layers in `kept` are already grafted in `base`, and keep their settings.
 
     Raises:
-        SurgeryError: if donors differ in a setting that all grafted layers share, if single heads of the donor
-            cannot be grafted, or if no model can be made from the new config.
+        SurgeryError: if donors differ in a setting that all grafted layers share, if single heads of the
+            donor cannot be grafted, or if no model can be made from the new config.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM

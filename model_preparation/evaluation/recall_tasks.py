@@ -163,8 +163,8 @@ class RecallRecipe:
         """The tasks that a name stands for: one for each length.
 
         Raises:
-            SurgeryError: if a length is too short for the task, the haystack is too short, or the tokenizer does
-                not know all words of a document.
+            SurgeryError: if a length is too short for the task, the haystack is too short, or the tokenizer
+                does not know all words of a document.
         """
         return [
             RecallTask(name, length, list(self._documents(name, length)), self.texts)

@@ -71,7 +71,7 @@ def read_list(path: Path) -> list[Combination]:
 
 
 def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
-    """The best combinations of a search. Also builder flags: its base, donor layers, tokenizer, --keep_mixer_heads.
+    """A search's best combinations. Also builder flags: base, donor layers, tokenizer, --keep_mixer_heads.
 
     Args:
         path: search_result.json, or an older program's result file.

@@ -29,7 +29,7 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
         local_cpus: how many CPUs a "local" cluster has; by default all.
 
     Raises:
-        SurgeryError: if Ray cannot be imported, `address` is not valid, or no cluster can be started or joined.
+        SurgeryError: if Ray cannot be imported, `address` is not valid, or no cluster starts or answers.
     """
     _check_address(address)
     ray = _import_ray(address)

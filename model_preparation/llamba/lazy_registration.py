@@ -1,7 +1,7 @@
 """Registers the model with transformers and torch as soon as other code imports one of the two.
 
-Registering imports both, which takes seconds. So `import model_preparation` registers the model at once only if one
-of the two is imported already.
+Registering imports both, which takes seconds. So `import model_preparation` registers the model at once only
+if one of the two is imported already.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Turns a checkpoint of format pt into a folder that servers can open, with links in place of copies.
 
 The folder is NAME-hf, next to the checkpoint. It has config.json, the tokenizer, and a link to model_state_dict.pt with
-the name that transformers looks for. Where links are impossible, files are copied (io/linked_files.py). Each start
-makes the folder again: links take no time.
+the name that transformers looks for. Where links are impossible, files are copied (io/linked_files.py).
+Each start makes the folder again: links take no time.
 """
 
 from pathlib import Path
@@ -23,8 +23,8 @@ def hf_folder(checkpoint: Path) -> Path:
     """The folder to serve: the checkpoint itself if it has format hf or both, otherwise a folder of links next to it.
 
     Raises:
-        SurgeryError: if the checkpoint is not complete, if a folder that is not ours has the name NAME-hf, or if the
-            weights were saved from a wrapped model.
+        SurgeryError: if the checkpoint is not complete, if a folder that is not ours has the name NAME-hf,
+            or if the weights were saved from a wrapped model.
     """
     info = read_info(checkpoint)
     checkpoint = checkpoint.resolve()

@@ -128,6 +128,18 @@ def test_what_is_half_written_is_skipped_and_named(heal, healed, tmp_path):
     assert names == ["checkpoint-3", "checkpoint-4", "checkpoint-6", "checkpoint-6.aside", elsewhere]
 
 
+def test_a_state_of_another_format_version_hides_no_other_fault(tmp_path):
+    other, damaged = make_state(tmp_path, 2), make_state(tmp_path, 4)
+    info = json.loads((other / STATE_FILE).read_text())
+    (other / STATE_FILE).write_text(json.dumps({**info, "format_version": 9}))
+    (damaged / STATE_FILE).write_text("{")
+    assert list_states(tmp_path, damaged_too=True) == ([], ["checkpoint-2", "checkpoint-4"])
+    with pytest.raises(SurgeryError, match=r"checkpoint-4/resume_state\.json cannot be read"):
+        read_state(damaged)
+    with pytest.raises(SurgeryError, match="checkpoint-2 has format version 9"):
+        list_states(tmp_path)
+
+
 def test_a_damaged_state_is_named_and_the_one_before_it_offered(heal, healed, tmp_path):
     states = copy_states(healed, tmp_path / "out")
     path = states / "checkpoint-6" / "optimizer.pt"

@@ -52,8 +52,8 @@ class WorkFolder:
             restart: first remove the layers, and the tokens if they were made with other settings.
 
         Raises:
-            SurgeryError: if another run uses the folder, if other settings made its tokens or layers, or if no
-                distillation made the folder.
+            SurgeryError: if another run uses the folder, if other settings made its tokens or layers, or if
+                no distillation made the folder.
         """
         hold = take(without_links(self.folder))
         try:

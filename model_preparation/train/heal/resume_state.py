@@ -123,7 +123,7 @@ def list_states(folder: Path, *, damaged_too: bool = False) -> tuple[list[Resume
                 continue
             try:
                 states.append(_read_state_file(path) if damaged_too else read_state(path))
-            except (OSError, ValueError):
+            except (OSError, ValueError, SurgeryError):
                 if not damaged_too:
                     raise
                 incomplete.append(path.name)
