@@ -1,4 +1,4 @@
-"""Command: write a folder of layers from a donor, or from files of older programs (checkpoint/extract.py, legacy/)."""
+"""Command: write a folder of layers from a donor (checkpoint/extract.py), or from old layer files (legacy/)."""
 
 from model_preparation.command_line import CommandParser, add_dtype_flag, add_layers_flag, default_folder, run
 from model_preparation.errors import SurgeryError
@@ -59,7 +59,7 @@ def main() -> None:
     add_source_flag(parser)
     args = parser.parse_args()
     if args.model_name is None and args.from_legacy is None and not args.verify:
-        parser.error("--model_name is needed (or --verify, to check layers that are already extracted)")
+        parser.error("one of --model_name, --from_legacy and --verify is needed")
     if args.from_legacy is None:
         parser.refuse(args, ("trust_pickle", "allow_network"), "belongs to --from_legacy, which is not given")
     if args.model_name is None and args.from_legacy is None:
@@ -84,7 +84,7 @@ def main() -> None:
             **options,
         )
         if not_run := metadata["source"]["not_run"]:
-            print(f"The files name code that no layer needs. It was not run: {', '.join(not_run)}")
+            print(f"The pickles refer to code that no layer needs. It was not run: {', '.join(not_run)}")
     elif args.model_name is not None:
         metadata = extract_layers(args.model_name, args.output_dir, **options)
     if metadata is not None:

@@ -1,6 +1,6 @@
 """A checkpoint outlives the versions it was written with: written under the oldest or the newest, opened under either.
 
-scripts/test_versions.sh runs this with the oldest libraries, and names the environment with the newest in OTHER_PYTHON.
+scripts/test_versions.sh runs this with the oldest libraries. In OTHER_PYTHON, it names the Python of the newest ones.
 """
 
 import json

@@ -12,7 +12,8 @@ class Protocol(NamedTuple):
 
     Attributes:
         shots: solved examples before each question.
-        metric: lm-eval's name of the metric that counts; None for the task's own, which RULER names after the length.
+        metric: lm-eval's name of the metric that counts; None for the task's own metric. A recall task
+            names its own metric after the documents' length, such as "4096".
     """
 
     shots: int = 0

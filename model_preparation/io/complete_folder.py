@@ -187,7 +187,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         sync(target.parent)
         sync(staging.parent)
     except OSError:
-        with contextlib.suppress(OSError):  # move the old folder back
+        with contextlib.suppress(OSError):  # undo it
             if staging.exists():
                 _exchange(staging, target)
             else:

@@ -90,7 +90,8 @@ class ScoringSetup:
         }
 
     def references(self, numbers: Sequence[int]) -> References:
-        """A function that gives the donor's log-probabilities for a batch. They are kept like the base's states."""
+        """A function that gives the donor's log-probabilities for a batch. They are kept in memory, or in
+        a file if memory is short, like the base's hidden states."""
         if self._kept_references is not None and len(numbers) == len(self.questions.batches):
             return self._kept_references
         vocabulary = self.pair.model.config.vocab_size
@@ -129,7 +130,8 @@ class ScoringSetup:
         if model.config.model_type != kind or model.config.num_hidden_layers != self.pair.layers:
             raise SurgeryError(
                 f"{folder} is a {model.config.model_type} of {model.config.num_hidden_layers} layers, but a {kind} of "
-                f"{self.pair.layers} layers is needed. Give the donor of {self.planned.donor.folder} by --donor."
+                f"{self.pair.layers} layers is needed. By --donor, give the model "
+                f"that the layers in {self.planned.donor.folder} come from."
             )
         with quiet():
             lm = ScoringLM(model, tokenizer, self.settings.batch_size)

@@ -81,7 +81,7 @@ def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
         piece_characters: longer texts are cut into pieces of about this size.
 
     Raises:
-        SurgeryError: for a file or row without text. The message names the file and the row.
+        SurgeryError: for a file that cannot be read, or a row that has no text field. The message names file and row.
     """
     for path in files:
         try:
@@ -91,7 +91,7 @@ def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
             else:
                 with open_text(path) as text:
                     yield from _cut(text, piece_characters)
-        except ValueError as error:  # not UTF-8, not JSON, or unreadable for pyarrow
+        except ValueError as error:  # from reading the file, or from the checks of a row
             raise _unreadable(path, error) from error
 
 
@@ -128,7 +128,7 @@ def read_documents(data: str) -> Iterator[str | Conversation]:
                     here, before = ("text", "conversations") if isinstance(document, str) else ("conversation", "texts")
                     raise ValueError(f"{where} is a {here}, but earlier rows are {before}")
                 yield document
-        except ValueError as error:  # not UTF-8, not JSON, or unreadable for pyarrow
+        except ValueError as error:  # from reading the file, or from the checks of a row
             raise _unreadable(source, error) from error
 
 

@@ -1,7 +1,7 @@
 """What grafting does to the embedded pair: scores of base, donor, every single layer, every pair of layers, all layers.
 
-The scores are written into effect.json and effect.png. The functions behind the commands build and score the
-checkpoints. Scores of an earlier run are used again.
+The scores are written into effect.json and effect.png. The package builds and scores the checkpoints. Scores of an
+earlier run are used again.
 """
 
 import itertools

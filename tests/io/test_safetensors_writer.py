@@ -1,4 +1,4 @@
-"""Shard: a file that the safetensors library reads, the same bytes every time, hashed on the way."""
+"""`Shard` writes the same bytes every time, and computes digests meanwhile. The safetensors library reads its files."""
 
 import hashlib
 
@@ -44,7 +44,7 @@ def test_the_library_reads_it_cast_or_not(tmp_path, dtype):
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert torch.equal(file.get_slice("b.weight")[3:5, 100:], wanted["b.weight"][3:5, 100:])
-    # The reader of the base's files reads these too. The first tensor starts at a block of the file system.
+    # `safetensors_ranges` reads these files too. The first tensor starts at a block of the file system.
     places = safetensors_ranges(tmp_path / "x.safetensors")
     assert {name: place.shape for name, place in places.items()} == {name: t.shape for name, t in tensors.items()}
     assert min(place.start for place in places.values()) % 4096 == 0

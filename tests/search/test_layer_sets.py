@@ -1,4 +1,4 @@
-"""The walk over many sets: what it runs, what it saves, and how many states it holds."""
+"""The walk over many sets: which layers it runs, how many runs sharing spares, and how many states it holds."""
 
 import itertools
 import random
@@ -76,6 +76,6 @@ def test_every_set_is_run_with_its_own_layers_and_no_layer_twice(units, sets):
     parts = [range(layer * units.per_layer, (layer + 1) * units.per_layer) for layer in range(total)]
     assert found == {each: tuple(tuple(unit for unit in each if unit in part) for part in parts) for each in sets}
     prefixes = {kinds[:depth] for kinds in found.values() for depth in range(1, total + 1)}
-    assert steps == len([prefix for prefix in prefixes if any(prefix)])  # the base's own are there already
+    assert steps == len([prefix for prefix in prefixes if any(prefix)])  # the base's states are given
     assert steps + total == count_passes(sets, total, units)
     assert most <= max(map(len, sets), default=0) + 1

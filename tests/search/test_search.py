@@ -385,7 +385,7 @@ def test_nll_needs_the_right_answer(make_settings, tmp_path, changes):
 
 
 def journaled(folder: Path, name: str) -> dict[tuple[int, ...], list]:
-    """The journal's field `name` by set. If a set has several entries, as in a race, the last one counts."""
+    """The journal's field `name` by set. A race writes several entries for a set; the last one counts."""
     entries = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
     questions = {}
     for entry in entries:
@@ -395,7 +395,7 @@ def journaled(folder: Path, name: str) -> dict[tuple[int, ...], list]:
 
 
 def test_nll_is_the_loss_of_the_right_answer_in_the_built_checkpoint(make_settings, layers_dir, base_dir, tmp_path):
-    """To the bit, per token; options have several tokens."""
+    """The value equals the log-likelihood of the right answer, divided by its tokens, to the bit."""
     folder = write_task(tmp_path / "task", "words", make_questions(6))
     changes = {"tasks": (str(folder),), "method": "singles", "objective": "nll"}
     found = search_layers(make_settings(tmp_path / "out", **changes))
@@ -524,7 +524,10 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
 
 
 def test_single_layers_in_a_race_take_less_than_half_of_each_alone(tmp_path):
-    """With the embedded pair. Without a race, single layers take (n + n (n + 1) / 2) / n^2, which is more."""
+    """With the embedded pair, of n = 12 layers. Each single layer alone would take n layer passes.
+
+    Without a race, sharing alone takes (n + n (n + 1) / 2) / n^2 of these passes, which is more than half.
+    """
     flags = ["--base", "tiny_llamba", "--donor", "tiny_llama", "--task", "embedded_recall", "--limit", 60]
     race = ["--method", "singles", "--race", "on", "--top", 1, "--device", "cpu", "--output_dir", tmp_path / "out"]
     result = run_command("search_layers", *flags, *race)

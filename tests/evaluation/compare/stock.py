@@ -96,7 +96,7 @@ def evaluate(tasks: Path, folder: Path, *, seed: int, task: str = "quiz", name: 
     manager = TaskManager(include_defaults=False, include_path=str(tasks))
     loaded = manager.load(task)
     tracker = EvaluationTracker(output_path=str(folder))
-    with patch("lm_eval.evaluator.add_env_info"):  # asks pip and the compilers, for seconds
+    with patch("lm_eval.evaluator.add_env_info"):  # it runs pip and compilers, which takes seconds
         results = lm_eval.simple_evaluate(
             model=RandomModel(seed),
             tasks=[loaded["groups"].get(task) or loaded["tasks"][task]],
