@@ -1,7 +1,7 @@
 """Kills healing runs at random moments, continues each to its end, and compares it with a run without interruption.
 
-Weights, optimizer, scheduler, random states and loss log must be the same to the bit. The runs use shuffled data,
-dropout and gradient accumulation. The exit code is 1 if anything differs in any run.
+Weights, training state, loss log, scores, texts and the last step must be the same to the bit. The runs use shuffled
+data, dropout and gradient accumulation. The exit code is 1 if anything differs in any run.
 
     python benchmarks/heal_resume.py --kills 50
     python benchmarks/heal_resume.py --kills 50 --method lora
@@ -29,8 +29,8 @@ def main() -> None:
 
     from model_preparation import build_checkpoint, extract_layers
     from model_preparation.train.heal import heal as _preloaded  # noqa: F401  (the runs are forked from here)
-    from tests.conftest import make_base, make_donor, run_command
-    from tests.train.cutting import outcome, run_until, write_text
+    from tests.conftest import make_base, make_donor
+    from tests.train.cutting import outcome, run_heal, run_until, write_text
 
     moments = random.Random(args.seed)
     kills: Counter[int] = Counter()
@@ -44,7 +44,7 @@ def main() -> None:
         flags += ["--lora_dropout", 0.1] if args.method == "lora" else []
         flags += ["--dropout", 0.1, "--learning_rate", 1e-3, "--logging_steps", 1]
         flags += ["--save_steps", 2, "--eval_interval", 5, "--overwrite"]
-        straight = run_command("heal_checkpoint", *flags, "--output_dir", folder / "straight")
+        straight = run_heal(*flags, "--output_dir", folder / "straight")
         if straight.returncode:
             sys.exit(straight.stderr)
         wanted = outcome(folder / "straight")
@@ -55,7 +55,7 @@ def main() -> None:
             while (step := moments.randint(step, STEPS + 2)) < STEPS and kills.total() < args.kills:
                 code = run_until([*flags, "--output_dir", output_dir], step, moments.random() * 0.1)[0]
                 kills[step] += code == -signal.SIGKILL
-            ended = run_command("heal_checkpoint", *flags, "--output_dir", output_dir)
+            ended = run_heal(*flags, "--output_dir", output_dir)
             same = ended.returncode == 0 and outcome(output_dir) == wanted
             differing += not same
             print(f"run {runs}: {kills.total()} kills so far, {'same bits' if same else 'DIFFERENT'}", flush=True)

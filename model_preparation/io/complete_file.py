@@ -62,7 +62,7 @@ def sync_tree(folder: Path, marker_file: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents, and sync all their entries to the disk."""
+    """Make a folder and its missing parents. After a power failure they are still there."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:

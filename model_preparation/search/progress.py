@@ -49,7 +49,7 @@ class SearchProgress:
     def evaluated(self, done: int, saved: float, best: tuple[str, float] | None) -> None:
         """Show how many combinations are evaluated, how much was saved, and the best combination with its fitness.
 
-        `saved` is the share of layer runs that were not needed, because combinations share layers.
+        `saved` is the share of layer runs that were not needed: combinations share layers, and some are dropped early.
         """
         note = f", {saved:.0%} of the layer passes saved"
         if best is not None:

@@ -1,4 +1,4 @@
-"""get_model_modelscope on tiny models in local folders, also as the older programs' guide calls it."""
+"""get_model_modelscope on tiny models in local folders. One test runs an example of the older programs' guide."""
 
 import json
 import os

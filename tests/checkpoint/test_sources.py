@@ -1,7 +1,7 @@
 """Where models come from: names, folders and hub ids become complete local folders, or one clear error.
 
-The hubs' real clients run in all tests. They find caches with the layout that they use, a small server that speaks
-enough of both hubs' protocols, or ports where nobody listens.
+No test replaces the hubs' clients by others. The clients find caches with the layout that they use, a small server that
+speaks enough of both hubs' protocols, or ports where nobody listens.
 """
 
 import argparse

@@ -158,7 +158,9 @@ def test_a_graft_of_imported_layers_is_that_of_extracted_ones(layers, old, layer
         LayerStore(tmp_path / "out").check([2])
 
 
-@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")  # torch.save would store it in the old format
+@pytest.mark.filterwarnings(
+    "ignore:Couldn't retrieve source code"
+)  # in the old format, torch.save would store the classes' source code
 def test_layers_of_an_old_transformers_in_an_old_file_format(layers, old, layers_dir, tmp_path, monkeypatch, request):
     for index, name in ((1, "llama3_layer_01.pth"), (3, "llama3_layer_03.pth")):
         layer = make_old(layers[index], monkeypatch)

@@ -38,7 +38,7 @@ def packed(texts: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def alone(model: LlambaForCausalLM, texts: list[Tensor]) -> Tensor:
-    """Logits of the documents one by one, after each other, (tokens, vocabulary)."""
+    """Run each document alone. Return the logits of all, concatenated: (tokens, vocabulary)."""
     return torch.cat([model(text[None]).logits[0] for text in texts])
 
 

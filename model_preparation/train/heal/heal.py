@@ -284,7 +284,7 @@ def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: tor
 def _train(trainer: HealTrainer, states: Path) -> None:
     try:
         with warnings.catch_warnings():
-            # DDP warns that the convolution's gradient has its axes in another order. Those axes have length 1.
+            # DDP warns that the convolution's gradient has other strides. They differ only on an axis of length 1.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # The logits are a view without the padding of the vocabulary. Nothing writes into them.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
