@@ -11,7 +11,7 @@ from model_preparation.errors import SurgeryError
 
 
 def check_new_file(path: Path) -> None:
-    """Raise SurgeryError unless nothing is at `path` and a file can be made there."""
+    """Raise SurgeryError if something is at `path`, or if no file can be made there."""
     if os.path.lexists(path):
         raise SurgeryError(f"{path} exists already. Choose another file, or remove it.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):

@@ -259,7 +259,8 @@ class _RequestRecorder(LM):
 def _ask_right_answer(task: Any, instance: Instance) -> Instance:
     """Turn a request for a text into a request for the likelihood of the right answer."""
     targets = task.doc_to_target(instance.doc)
-    # Recall tasks need all targets. Other tasks accept any target; their few-shot examples show the first.
+    # In a recall task, all targets together are the right answer. In other tasks, each target is a right answer.
+    # The first one is taken, because few-shot examples show it too.
     if isinstance(targets, list):
         targets = " ".join(map(str, targets)) if isinstance(task, RecallTask) else next(iter(targets), "")
     if targets in (None, ""):

@@ -1,4 +1,7 @@
-"""get_model_modelscope on tiny models in local folders. One test runs an example of the older programs' guide."""
+"""get_model_modelscope on tiny models in local folders.
+
+One test runs an example from the guide of the programs before this package.
+"""
 
 import json
 import os

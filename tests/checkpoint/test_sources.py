@@ -1,7 +1,7 @@
 """Where models come from: names, folders and hub ids become complete local folders, or one clear error.
 
-No test replaces the hubs' clients by others. The clients find caches with the layout that they use, a small server that
-speaks enough of both hubs' protocols, or ports where nobody listens.
+No test replaces the hubs' clients by others. The clients find caches with the layout that they use, or a small server
+that speaks enough of both hubs' protocols. Some find a port where nobody listens, or where nobody answers.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 def huggingface_copy(
     cache: Path, repo: str, files: dict[str, bytes], *, kind="models", commit=COMMIT, ref="main", listed=()
 ) -> Path:
-    """A snapshot as huggingface_hub leaves it: blobs, links to them, the ref, and the hub's listing of the commit."""
+    """A snapshot as huggingface_hub leaves it: blobs, links, and the ref. `listed` adds the hub's list of files."""
     root = cache / f"{kind}--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / commit
     snapshot.mkdir(parents=True)

@@ -101,7 +101,10 @@ def test_float32_and_gradients(name, device, monkeypatch):
 
 
 def test_transformers_own_collator():
-    """It packs what a Trainer is given, and says in four ways where documents begin."""
+    """The collator packs a Trainer's examples into one row. Its batch says in four ways where documents begin.
+
+    These are `position_ids`, `seq_idx`, `cu_seq_lens` and the labels -100.
+    """
     model = MODELS["grafted"]
     texts = documents([6, 3, 9])
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)

@@ -85,7 +85,8 @@ def heal_checkpoint(
     Raises:
         SurgeryError: for any problem that the user can solve, such as a damaged state, data that are not the resumed
             run's, or a full disk.
-        KeyboardInterrupt, SystemExit: if the user stopped the run, after its state was saved.
+        KeyboardInterrupt, SystemExit: if the user stopped the run. During the training, the first signal saves the
+            state, and a second one stops the run at once.
     """
     given = ({} if settings is None else settings.as_dict()) | given
     if unknown := sorted(given.keys() - HealSettings.__dataclass_fields__.keys()):
