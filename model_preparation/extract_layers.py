@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument(
         "--model_name",
         metavar="NAME|PATH",
-        help="llama, llamba, unaligned_llamba, a model folder, or a hub id such as org/name@revision",
+        help="the donor: llama, mistral, qwen2.5, qwen3 or tiny_llama; a model's folder; or a hub id such as "
+        "org/name@revision",
     )
     parser.add_argument(
         "--output_dir",

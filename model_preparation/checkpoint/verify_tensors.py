@@ -165,7 +165,7 @@ class TensorChecks:
         self._compare_with("base", folder, wanted, lambda advance: _digests_of(places, wanted, advance))
 
     def compare_donor(self, store: LayerStore | None) -> None:
-        """Compare the replaced layers' tensors with the donor's."""
+        """Compare the tensors of grafted layers and heads with the donor's."""
         wanted = {name: digest for name, digest in self._wanted.items() if digest.origin == "donor"}
         if store is None:
             store = self._store_of_same_source()
@@ -224,7 +224,7 @@ class TensorChecks:
     def _layers_of(self, store: LayerStore) -> list[int]:
         """The grafted layers that come from the donor of `store`.
 
-        If the checkpoint has no layers from this donor, they are those of the checkpoint's first donor.
+        If there are none, the layers that come from the checkpoint's first donor.
         """
         donors = donors_of(self._info)
         source = store.metadata["source"]

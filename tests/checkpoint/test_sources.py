@@ -321,7 +321,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(shard, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}', b'{"weight_map": {"a": 1}}']
 )
-def test_an_index_that_is_none_is_named(content, tmp_path):
+def test_a_file_that_is_no_index_is_named(content, tmp_path):
     folder = write(tmp_path / "model", {"config.json": CONFIG, "model.safetensors.index.json": content})
     with pytest.raises(SurgeryError, match=r"model\.safetensors\.index\.json is not an index of weight files"):
         resolve(str(folder))

@@ -1,4 +1,4 @@
-"""The walk over many sets: which layers it runs, how many runs sharing spares, and how many states it holds."""
+"""The walk over many sets: which layers it runs, how many layer runs it saves, and how many states it holds."""
 
 import itertools
 import random

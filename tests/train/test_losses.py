@@ -76,7 +76,7 @@ def test_a_teacher_is_its_own_best_student(pair):
 
 
 @pytest.mark.parametrize("reverse", [0.0, 0.4])
-def test_of_a_teachers_likeliest_tokens_all_others_count_as_one(reverse):
+def test_all_but_the_teachers_likeliest_tokens_count_as_one_token(reverse):
     ours, theirs = torch.randn(2, 7, 30, generator=torch.Generator().manual_seed(2)).double().requires_grad_()
     known, tokens = theirs.log_softmax(-1).detach().topk(4)
     others = (1 - known.exp().sum(1)).log()
@@ -92,7 +92,7 @@ def test_of_a_teachers_likeliest_tokens_all_others_count_as_one(reverse):
         torch.testing.assert_close(gradient.gather(1, tokens), whole.gather(1, tokens))
 
 
-def test_the_loss_of_a_text_is_that_of_what_counts():
+def test_only_tokens_with_a_label_have_a_loss():
     logits = torch.randn(2, 9, 260, generator=torch.Generator().manual_seed(1))
     wanted = -logits.double()[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:].unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(losses_of(logits, next_tokens(IDS))[:, :-1].double(), wanted)

@@ -75,7 +75,7 @@ def write_tasks(folder: Path) -> Path:
 
 
 class RandomModel(LM):
-    """Log-likelihoods drawn anew for every request from a seed."""
+    """Answers each request with the next random number. The seed sets the first one."""
 
     def __init__(self, seed: int):
         super().__init__()
