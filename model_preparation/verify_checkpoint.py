@@ -28,7 +28,7 @@ def main() -> None:
         "--llama_layers_dir",
         metavar="DIR",
         help="also compare the grafted layers with the layers in this folder (default: extracted_llama_layers, if its "
-        "layers have the source that the checkpoint records)",
+        "layers are those that the checkpoint records)",
     )
     parser.add_argument("--files_only", action="store_true", help="compare digests of files only; finds any change")
     add_source_flag(parser)

@@ -26,7 +26,7 @@ from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.settings import HEADS, KL, SearchSettings
 
-# The fields that `SearchSettings` and `EvaluationSettings` both have.
+# A search passes these settings to the evaluation, which loads its questions.
 _OF_QUESTIONS = ("lengths", "language", "haystack", "limit", "mmlu_data", "num_fewshot", "batch_size")
 References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 

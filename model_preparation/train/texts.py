@@ -133,7 +133,7 @@ def read_documents(data: str) -> Iterator[str | Conversation]:
 
 
 def _unreadable(source: object, error: ValueError) -> SurgeryError:
-    return SurgeryError(f"{source} cannot be used: {error}. Correct the file or leave it out.")
+    return SurgeryError(f"{source} cannot be used: {error}. Correct it or leave it out.")
 
 
 def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:
@@ -177,7 +177,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             names = table.schema_arrow.names
             needed = ["text"] if "text" in names else [name for name in names if name in _COLUMNS]
             if not needed:
-                raise ValueError(f'its columns are {", ".join(names)}; it needs "text", or for conversations {_FIELDS}')
+                raise ValueError(
+                    f'its columns are {", ".join(names)}; it needs "text", or a conversation\'s fields: {_FIELDS}'
+                )
             rows = (row for batch in table.iter_batches(columns=needed) for row in batch.to_pylist())
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     elif suffix == ".jsonl":

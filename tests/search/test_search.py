@@ -43,7 +43,7 @@ def test_results_go_beside_the_package_by_default_wherever_one_is(tmp_path, monk
 
 
 def killed_after(lines: int, settings: SearchSettings) -> None:
-    """Search in a process that is killed when it has written `lines` lines, in the middle of the next one."""
+    """Search in a process that is killed when the journal has `lines` lines, in the middle of the next one."""
     child = os.fork()
     if child == 0:
         append = Journal.append
@@ -385,7 +385,7 @@ def test_nll_needs_the_right_answer(make_settings, tmp_path, changes):
 
 
 def journaled(folder: Path, name: str) -> dict[tuple[int, ...], list]:
-    """The journal's field `name` by set. A race writes several entries for a set; the last one counts."""
+    """The journal's field `name` by set. Only for searches without a race, which write one entry for a set."""
     entries = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
     questions = {}
     for entry in entries:
