@@ -1,4 +1,4 @@
-"""The donor of the embedded pair: a small Llama trained from nothing to look things up in its context.
+"""The donor of the embedded pair: a small Llama that learns to look things up in its context.
 
 Half of each batch are texts of `recall.py`, and half are rows of repeated words. Without these rows, the model stays
 at chance on the texts for thousands of steps. Every `SAVED_EVERY` steps, the training's state is written to the disk.

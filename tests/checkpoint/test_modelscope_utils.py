@@ -1,7 +1,4 @@
-"""get_model_modelscope on tiny models in local folders.
-
-One test runs an example from the guide of the programs before this package.
-"""
+"""get_model_modelscope on tiny models in local folders."""
 
 import json
 import os
@@ -117,6 +114,7 @@ def test_what_is_neither_llama_nor_llamba_is_an_error(config, complaint, tmp_pat
         get_model_modelscope(str(tmp_path))
 
 
+# As in the guide of the programs that this package replaced.
 GUIDE_METHOD_2 = """
 import json, torch
 from modelscope_utils import get_model_modelscope

@@ -204,8 +204,9 @@ def test_without_trust_nothing_is_opened(layers, old, tmp_path):
         (b"\x80\x04T\x02\x00\x00\x00osT\x06\x00\x00\x00getcwd\x93)R.", "os.getcwd"),
         (b"S'os'\nS'getcwd'\n\x93)R.", "os.getcwd"),
         (b"\x80\x04\x8c\x02osq\x05\x8c\x06getcwdq\x0600h\x05h\x06\x93)R.", "os.getcwd"),
-        # Values that have no effect are pushed and popped: in the first pickle after both names, in the second between.
+        # After the two names, two other texts are pushed and popped.
         (b"\x80\x04\x8c\x02os\x8c\x06getcwd\x8c\x04json\x8c\x05loads00\x93)R.", HIDDEN_GLOBAL),
+        # Each name is put into the memo, popped, and taken from the memo.
         (b"\x80\x04\x8c\x02osq\x050h\x05\x8c\x06getcwdq\x060h\x06\x93)R.", HIDDEN_GLOBAL),
     ],
 )
