@@ -85,7 +85,7 @@ def test_a_named_llamba_comes_with_its_mixer_heads_and_llamas_tokenizer(tmp_path
     assert model(input_ids=inputs["input_ids"]).logits.shape == (1, 2, 4)
 
 
-def test_a_models_own_tokenizer_comes_before_the_tables(tmp_path, monkeypatch):
+def test_a_models_own_tokenizer_comes_before_the_tokenizer_known_for_its_name(tmp_path, monkeypatch):
     own = write_tokenizer(write_llamba(tmp_path / "llamba"), WORDS[::-1])
     monkeypatch.setenv("MODEL_PREPARATION_LLAMBA", str(own))
     monkeypatch.setenv("MODEL_PREPARATION_LLAMA", str(write_tokenizer(tmp_path / "llama")))

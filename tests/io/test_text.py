@@ -119,7 +119,7 @@ def test_a_task_of_ones_own_is_found_and_read_with_the_mark(tmp_path, monkeypatc
     assert next(iter(task.test_docs()))["q"] == "Noah likes"
 
 
-def test_a_byte_that_is_no_text_is_found_where_it_is(tmp_path):
+def test_a_byte_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n" * 100_000 + b"caf\xe9")
 
     with pytest.raises(ValueError, match="it is not UTF-8 text"), open_text(tmp_path / "a.txt") as file:

@@ -322,7 +322,7 @@ def test_a_killed_reader_is_an_error_and_leaves_nothing(layers, old, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "def kill(event, args):\n"
-        "    if event == 'import' and args[0] == 'torch':  # to read the file\n"
+        "    if event == 'import' and args[0] == 'torch':  # needed to read the file\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.addaudithook(kill)\n"
     )

@@ -124,7 +124,7 @@ def test_generation_continues_the_last_document():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_positions_with_gaps_are_refused(name):
+def test_positions_that_go_back_or_repeat_are_refused(name):
     ids = torch.arange(6)[None]
     for positions in ([0, 1, 2, 1, 2, 3], [0, 1, 0, 1, 1, 2]):
         with pytest.raises(ValueError, match=r"position_ids of row 0 go from \d to 1"):

@@ -16,7 +16,8 @@ from tests.train.cutting import run_heal, write_text
 RUN = {"max_steps": 6, "batch_size": 2, "block_size": 16, "accumulation": 2, "dropout": 0.1}
 RUN |= {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "eval_interval": 3, "device": "cpu"}
 
-# accelerate collects garbage at every start. Imported objects are no garbage, and forks would copy them.
+# accelerate collects garbage when it starts. In a fork, this writes into all objects, so the fork copies their memory.
+# `freeze` keeps the objects that exist now out of collections.
 gc.freeze()
 
 Heal = Callable[..., subprocess.CompletedProcess]
