@@ -86,7 +86,8 @@ def make_parser() -> CommandParser:
         nargs="+",
         default=[default_folder("extracted_llama_layers")],
         metavar="DIR",
-        help="layers that extract_layers.py wrote (default: extracted_llama_layers). For several donors: A=DIR B=DIR. "
+        help="layers that extract_layers.py wrote (default: extracted_llama_layers in the repository). For several "
+        "donors: A=DIR B=DIR. "
         "With --from_info: a DIR for each donor of the recipe",
     )
     parser.add_argument(

@@ -270,7 +270,7 @@ def _check(parser: CommandParser, args: argparse.Namespace) -> None:
     if args.skip_generation:
         used_elsewhere = ("seed", *(["compare_with"] if args.efficiency else []))  # the evaluation uses "seed"
         unused = [name for name in _GENERATION_FLAGS if name not in used_elsewhere]
-        parser.refuse(args, unused, "has no effect with --skip_generation")
+        parser.refuse(args, unused, f"has no effect with {'--server' if args.server else '--skip_generation'}")
     if args.parallelize and (args.gpu is not None or args.device is not None):
         parser.error("--parallelize takes all GPUs: leave out --gpu and --device, or set CUDA_VISIBLE_DEVICES")
 

@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument(
         "--llama_layers_dir",
         metavar="DIR",
-        help="also compare the grafted layers with the layers in this folder (default: extracted_llama_layers, if its "
-        "layers are those that the checkpoint records)",
+        help="also compare the grafted layers with the layers in this folder (default: extracted_llama_layers in the "
+        "repository, if its layers are those that the checkpoint records)",
     )
     parser.add_argument("--files_only", action="store_true", help="compare digests of files only; finds any change")
     add_source_flag(parser)

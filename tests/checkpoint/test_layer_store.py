@@ -314,7 +314,11 @@ def test_bad_arguments(donor_dir, tmp_path, args, code, words):
 def test_bad_donors(donor_dir, tmp_path):
     out = tmp_path / "out"
     broken = tmp_path / "broken"
-    assert_refused(run_command("extract_layers", "--output_dir", out), "--model_name is needed", code=2)
+    assert_refused(
+        run_command("extract_layers", "--output_dir", out),
+        "one of --model_name, --from_legacy and --verify is needed",
+        code=2,
+    )
     idle = run_command("extract_layers", "--output_dir", out, "--verify", "--layers", 1)
     assert_refused(idle, "--layers has no effect if nothing is extracted", code=2)
     assert_refused(run_command("extract_layers", "--model_name", broken, "--output_dir", out), "broken is not there")

@@ -433,8 +433,8 @@ def test_no_hub_within_reach_says_what_was_looked_for_where(caches):
     assert not list(caches.modelscope.rglob("snapshots"))  # no half-made copy is left that looks whole
 
 
-# `quick_python` has already imported huggingface_hub, which reads environment variables only when it is imported. So this
-# code imports it again. `quick_python` has not imported modelscope.
+# The process that runs this code has huggingface_hub imported already, with other environment variables. So this code
+# imports it again. modelscope is not imported yet.
 PROBE = """
 import sys, json
 assert "modelscope" not in sys.modules

@@ -267,7 +267,7 @@ def test_what_runs_while_a_file_is_read_has_no_network_no_secrets_and_one_folder
     assert can == {**dict.fromkeys(("tcp", "unix", "elsewhere", "here"), "done"), "secrets": sorted(secrets)}
     assert_refused(result, "ended with exit code 7 while reading", "layer_0.pt", "Nothing was imported")
     could = json.loads(result.stderr[result.stderr.index("{") : result.stderr.index("}") + 1])
-    locks = locks_of(tmp_path)  # some systems permit fewer
+    locks = locks_of(tmp_path)  # not every system has all restrictions of the sandbox
     assert could["tcp"] != "done"
     assert could["unix"] == ("PermissionError" if locks["sockets"] else "done")
     assert could["elsewhere"] == ("PermissionError" if locks["files"] else "done")
@@ -285,7 +285,10 @@ WITHOUT = {
 
 
 def locks_of(folder: Path, port: int = 0, before: str = "") -> dict:
-    """Which locks hold in a new process, and under "error" what happens there to a connection to `port`."""
+    """Which of the sandbox's restrictions hold in a new process.
+
+    "error" says what happens there to a connection to `port`.
+    """
     code = before + (
         "import json, runpy, socket, sys, pathlib\n"
         "locks = runpy.run_path(sys.argv[1])['enter'](pathlib.Path('.'))\n"

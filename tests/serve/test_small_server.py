@@ -244,6 +244,8 @@ def test_servers_that_cannot_score(served_dirs, tmp_path):
     assert_refused(run_command("test_checkpoint", *flags, "--server", url), url, "refused", "--server")
     assert_refused(run_command("test_checkpoint", "--server", url), "--tokenizer", "--results_dir", code=2)
     assert_refused(run_command("test_checkpoint", *flags, "--model", "a"), "--server", code=2)
+    written = run_command("test_checkpoint", *flags, "--server", url, "--prompt", "Ada likes")
+    assert_refused(written, "--prompt has no effect with --server", code=2)
     measured = run_command("test_checkpoint", *flags, "--server", url, "--efficiency")
     assert_refused(measured, "--efficiency measures on this machine", "leave out --server", code=2)
 
