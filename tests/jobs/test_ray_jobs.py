@@ -285,7 +285,7 @@ def test_a_killed_worker_of_a_search_is_replaced_and_the_result_is_that_of_one_p
     told = lines_of(journal)
     process.join(HANG_SECONDS)
     assert process.exitcode == 0, log.read_text()
-    assert log.read_text().count("A worker was lost") == 2
+    assert log.read_text().count("A worker was lost") in (1, 2)  # the second may have sent all its scores before
     assert told < 16 == lines_of(journal)
     found, wanted = (json.loads((tmp_path / name / "search_result.json").read_text()) for name in ("ray", "alone"))
     for name in ("final_results", "base_score", "base_stderr", "pareto", "failed"):
