@@ -433,8 +433,8 @@ def test_no_hub_within_reach_says_what_was_looked_for_where(caches):
     assert not list(caches.modelscope.rglob("snapshots"))  # no half-made copy is left that looks whole
 
 
-# The process that runs this code has huggingface_hub imported already, with other environment variables. So this code
-# imports it again. modelscope is not imported yet.
+# The fixture `quick_python` starts processes in which huggingface_hub is already imported, with other environment
+# variables. So this code imports huggingface_hub again. modelscope is not imported yet.
 PROBE = """
 import sys, json
 assert "modelscope" not in sys.modules
